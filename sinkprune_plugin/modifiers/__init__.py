@@ -1,0 +1,1 @@
+"""llm-compressor modifiers: sink-aware Wanda and SparseGPT."""

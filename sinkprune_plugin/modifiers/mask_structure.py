@@ -1,0 +1,110 @@
+"""Which weights a sparsity pattern lets go: unstructured rows or N of every M consecutive input columns."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from sinkprune_plugin.errors import UsageError
+
+__all__ = ["MaskStructure", "parse_mask_structure", "resolve_sparsity"]
+
+_PATTERN = re.compile(r"(\d+):(\d+)")
+
+
+@dataclass(frozen=True)
+class MaskStructure:
+    """``n`` weights of every ``m`` consecutive input columns become zero; ``0:0`` is unstructured.
+
+    :param n: weights removed in each group
+    :param m: group width in columns
+    """
+
+    n: int
+    m: int
+
+    @property
+    def unstructured(self) -> bool:
+        """Whether any weight of an output row may be removed."""
+        return self.m == 0
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    def check_columns(self, name: str, num_columns: int) -> None:
+        """Refuse a weight that can't be cut into whole groups.
+
+        :param name: module name for the message
+        :param num_columns: input features of the weight
+        :raises UsageError: if ``num_columns`` is not a multiple of ``m``
+        """
+        if not self.unstructured and num_columns % self.m:
+            raise UsageError(
+                f"{name} has {num_columns} input columns, which mask_structure {self} can't divide into groups of "
+                f"{self.m}; add the module to `ignore` or choose a width that divides {num_columns}"
+            )
+
+    def lowest_in_groups(self, metric: torch.Tensor) -> torch.Tensor:
+        """Mark the ``n`` smallest entries of every group.
+
+        A stable sort rather than a top-k: equal metrics (dead features, already pruned weights) then always lose in
+        column order, on every device.
+
+        :param metric: (rows, columns) scores, columns a multiple of ``m``
+        :return: (rows, columns) bool, True where the weight goes
+        """
+        rows, columns = metric.shape
+        groups = metric.reshape(rows, columns // self.m, self.m)
+        order = groups.argsort(dim=-1, stable=True)[..., : self.n]
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).reshape(rows, columns)
+
+
+def parse_mask_structure(text: str) -> MaskStructure:
+    """Read ``"N:M"``; ``"0:0"`` means unstructured.
+
+    :param text: the recipe's ``mask_structure``
+    :return: the parsed structure
+    :raises UsageError: if the text isn't ``N:M`` with 0 < N < M, nor ``0:0``
+    """
+    match = _PATTERN.fullmatch(str(text).strip())
+    if match is None:
+        raise UsageError(
+            f'mask_structure "{text}" is not of the form "N:M"; use for instance "2:4", or "0:0" for unstructured'
+        )
+    n, m = int(match[1]), int(match[2])
+    if (n, m) != (0, 0) and not 0 < n < m:
+        raise UsageError(
+            f'mask_structure "{text}" removes {n} of every {m} weights; N must be at least 1 and below M (for '
+            'instance "2:4"), or use "0:0" for unstructured'
+        )
+    return MaskStructure(n, m)
+
+
+def resolve_sparsity(
+    sparsity: float | list[float] | None, structure: MaskStructure
+) -> float | list[float]:
+    """Check ``sparsity`` against its range and against the N:M structure.
+
+    :param sparsity: share of zeros wanted, one value or one a decoder block; None takes N/M
+    :param structure: the mask structure
+    :return: the sparsity to use
+    :raises UsageError: if a value is outside (0, 1) or contradicts N:M, or if there is nothing to take it from
+    """
+    if sparsity is None:
+        if structure.unstructured:
+            raise UsageError("sparsity is missing; give a value between 0 and 1, for instance `sparsity: 0.5`")
+        return structure.n / structure.m
+    values = sparsity if isinstance(sparsity, list) else [sparsity]
+    if not values:
+        raise UsageError("sparsity is an empty list; give one value, or one value for each decoder block")
+    for value in values:
+        if not 0.0 < value < 1.0:
+            raise UsageError(f"sparsity {value:g} is outside (0, 1); give the share of zeros, for instance 0.5")
+        if not structure.unstructured and abs(value - structure.n / structure.m) > 1e-6:
+            raise UsageError(
+                f"sparsity {value:g} contradicts mask_structure {structure}, which removes "
+                f"{Fraction(structure.n, structure.m)} of the weights; set sparsity to "
+                f"{structure.n / structure.m:g} or leave it out"
+            )
+    return sparsity

@@ -1,0 +1,126 @@
+"""Mathematics of (sink-aware) SparseGPT: token-weighted Hessian and the column sweep. Torch only.
+
+SparseGPT: arXiv 2301.00774; token weights: "Sink-Aware Pruning for Diffusion Language Models" (arXiv 2602.17664).
+"""
+
+import torch
+
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.modifiers.mask_structure import MaskStructure
+
+__all__ = ["accumulate_hessian", "inverse_cholesky", "sparsify_weight"]
+
+SGPT_PRECISION = torch.float32
+
+
+def accumulate_hessian(H: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> None:
+    """H += Σ_k (w_k x_k)(w_k x_k)ᵀ, in place.
+
+    :param H: (C, C) float32
+    :param x: (B, T, C) input of a Linear, any floating dtype
+    :param weights: (B, T) float32 token weights w, 0 on padding
+    """
+    # float32 whatever the model's dtype: thousands of bfloat16 outer products would lose the small eigenvalues.
+    rows = (x.to(SGPT_PRECISION) * weights.unsqueeze(-1)).reshape(-1, x.shape[-1])
+    H.addmm_(rows.T, rows)
+
+
+def inverse_cholesky(H: torch.Tensor, dampening_frac: float, name: str) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse of the dampened Hessian.
+
+    :param H: (C, C) float32, overwritten
+    :param dampening_frac: share of the mean diagonal that is added to the diagonal
+    :param name: module name for the message
+    :return: (C, C) upper triangular float32
+    :raises UsageError: if the Hessian is not positive definite
+    """
+    H.diagonal().add_(dampening_frac * H.diagonal().mean())
+    lower, info = torch.linalg.cholesky_ex(H)
+    if int(info) == 0:
+        upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if int(info) != 0:
+        raise UsageError(
+            f"the Hessian of {name} is not positive definite with dampening_frac {dampening_frac:g}; raise "
+            "dampening_frac (for instance to 0.1) or calibrate on more samples"
+        )
+    return upper
+
+
+def sparsify_weight(
+    W: torch.Tensor,
+    H: torch.Tensor,
+    sparsity: float,
+    structure: MaskStructure,
+    *,
+    block_size: int,
+    dampening_frac: float,
+    name: str = "weight",
+) -> tuple[torch.Tensor, float]:
+    """Prune a weight column by column and let the remaining columns make up for the error.
+
+    Unstructured: in each block of columns the floor(numel · sparsity) weights of least W² / diag(H⁻¹ factor)² go. N:M:
+    at every group of M columns the N least of each row go, chosen when the sweep arrives there, with all updates made
+    so far.
+
+    :param W: (rows, columns) weight, any floating dtype, left untouched
+    :param H: (columns, columns) float32 Hessian, left untouched
+    :param sparsity: share of zeros for the unstructured case
+    :param structure: mask structure
+    :param block_size: columns in a lazy-update block; for N:M widened to a multiple of M
+    :param dampening_frac: share of the mean diagonal that is added to the diagonal
+    :param name: module name for messages
+    :return: pruned weight in W's dtype, and Σ (error)² / 2 in the Hessian's metric
+    :raises UsageError: if the Hessian is not positive definite
+    """
+    dtype = W.dtype
+    W = W.to(SGPT_PRECISION, copy=True)
+    H = H.clone()
+    rows, columns = W.shape
+
+    # A feature that is never active carries no information about its weights: they go, and the 1 keeps H invertible.
+    dead = H.diagonal() == 0
+    H.diagonal()[dead] = 1.0
+    W[:, dead] = 0.0
+    U = inverse_cholesky(H, dampening_frac, name)
+
+    if not structure.unstructured:
+        block_size = -(-block_size // structure.m) * structure.m
+    loss = torch.zeros((), dtype=SGPT_PRECISION, device=W.device)
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
+        block = W[:, start:stop]
+        U_block = U[start:stop, start:stop]
+        diagonal = U_block.diagonal()
+        if structure.unstructured:
+            mask = _lowest(block.square() / diagonal.square(), sparsity)
+        else:
+            mask = torch.zeros_like(block, dtype=torch.bool)
+
+        errors = torch.zeros_like(block)
+        for column in range(stop - start):
+            if not structure.unstructured and column % structure.m == 0:
+                group = slice(column, column + structure.m)
+                mask[:, group] = structure.lowest_in_groups(
+                    block[:, group].square() / diagonal[group].square()
+                )
+            error = torch.where(mask[:, column], block[:, column], 0.0) / diagonal[column]
+            block[:, column:].addr_(error, U_block[column, column:], alpha=-1.0)
+            errors[:, column] = error
+        # Exact zeros: the update above leaves rounding residue at the pruned places.
+        block.masked_fill_(mask, 0.0)
+        loss += errors.square().sum() / 2
+        W[:, stop:].addmm_(errors, U[start:stop, stop:], alpha=-1.0)
+    return W.to(dtype), float(loss)
+
+
+def _lowest(metric: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Mark the floor(numel · sparsity) smallest entries of a whole block.
+
+    :param metric: (rows, width) scores
+    :param sparsity: share to mark
+    :return: (rows, width) bool
+    """
+    count = int(metric.numel() * sparsity + 1e-9)
+    order = metric.flatten().argsort(stable=True)[:count]
+    mask = torch.zeros(metric.numel(), dtype=torch.bool, device=metric.device)
+    return mask.index_fill_(0, order, True).reshape(metric.shape)

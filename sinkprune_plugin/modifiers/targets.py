@@ -1,0 +1,101 @@
+"""Which Linears of a model are pruned, and in which decoder block each one sits."""
+
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.utils import match_named_modules
+from loguru import logger
+
+from sinkprune_plugin.errors import UsageError
+
+__all__ = ["PruningTarget", "find_decoder_blocks", "resolve_targets"]
+
+
+@dataclass(frozen=True)
+class PruningTarget:
+    """One Linear to prune.
+
+    :param name: full module name
+    :param module: the Linear
+    :param block: index of its decoder block, None for a Linear outside of them (named explicitly by the user)
+    """
+
+    name: str
+    module: torch.nn.Linear
+    block: int | None
+
+
+def find_decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
+    """Find the list of decoder blocks: the longest ``ModuleList`` whose entries are all of one class with Linears.
+
+    :param model: any decoder-only transformer
+    :return: name of the list, and the list
+    :raises UsageError: if the model has no such list
+    """
+    best: tuple[str, torch.nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.ModuleList) or len(module) == 0:
+            continue
+        one_class = len({type(child) for child in module}) == 1
+        has_linear = any(isinstance(child, torch.nn.Linear) for child in module[0].modules())
+        # Strictly longer: of two equally long lists the outer one comes first in named_modules.
+        if one_class and has_linear and (best is None or len(module) > len(best[1])):
+            best = name, module
+    if best is None:
+        raise UsageError(
+            f"{type(model).__name__} has no list of decoder blocks (a ModuleList of one block class); sink-aware "
+            "pruning needs a decoder-only transformer"
+        )
+    return best
+
+
+def resolve_targets(
+    model: torch.nn.Module, targets: list[str], ignore: list[str]
+) -> tuple[list[PruningTarget], torch.nn.ModuleList]:
+    """Resolve ``targets`` and ``ignore`` once, on full names.
+
+    A class name such as ``Linear`` selects Linears inside the decoder blocks only. Whatever lies outside (embedding,
+    vocabulary projection) is pruned only where a target gives its module name or a ``re:`` pattern for it.
+
+    :param model: model to prune
+    :param targets: module class names, module names or ``re:`` patterns; also names of whole blocks or block classes,
+        which stand for the Linears in them
+    :param ignore: the same, for modules to leave alone
+    :return: targets in module order, and the decoder blocks
+    :raises UsageError: if nothing matches
+    """
+    blocks_name, blocks = find_decoder_blocks(model)
+    ignored = {id(module) for _, module in match_named_modules(model, ignore)}
+    # A matched container stands for the Linears in it, an ignored one likewise.
+    ignored |= {id(child) for _, module in match_named_modules(model, ignore) for child in module.modules()}
+    class_names = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+
+    selected: dict[str, PruningTarget] = {}
+    for target in targets:
+        matched = 0
+        for name, module in match_named_modules(model, [target]):
+            for child_name, child in module.named_modules(prefix=name):
+                if not isinstance(child, torch.nn.Linear):
+                    continue
+                block = _block_index(child_name, blocks_name)
+                if block is None and target in class_names:
+                    continue
+                matched += 1
+                if id(child) not in ignored:
+                    selected[child_name] = PruningTarget(child_name, child, block)
+        if matched == 0:
+            logger.warning(f'target "{target}" matches no Linear of {type(model).__name__}')
+    if not selected:
+        raise UsageError(
+            f"targets {targets} with ignore {ignore} select no Linear of {type(model).__name__}; "
+            f'`targets: ["Linear"]` selects every Linear in {blocks_name}'
+        )
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    return sorted(selected.values(), key=lambda target: order[target.name]), blocks
+
+
+def _block_index(name: str, blocks_name: str) -> int | None:
+    prefix = f"{blocks_name}."
+    if not name.startswith(prefix):
+        return None
+    return int(name[len(prefix) :].split(".", 1)[0])
