@@ -1,0 +1,46 @@
+"""What makes a model a diffusion LM: families, corruption, timesteps and likelihood."""
+
+from sinkprune_plugin.diffusion.corruption import (
+    Corruption,
+    corrupt,
+    corruptible_positions,
+    mask_probability,
+    sample_generator,
+)
+from sinkprune_plugin.diffusion.families import (
+    DiffusionFamily,
+    DiffusionSpec,
+    families,
+    register_family,
+    resolve_diffusion,
+)
+from sinkprune_plugin.diffusion.likelihood import (
+    Likelihood,
+    PerplexityEstimate,
+    elbo_perplexity,
+    masked_token_perplexity,
+    measure_likelihood,
+    perplexity_on,
+)
+from sinkprune_plugin.diffusion.schedule import timestep_grid, timestep_row_scale
+
+__all__ = [
+    "Corruption",
+    "DiffusionFamily",
+    "DiffusionSpec",
+    "Likelihood",
+    "PerplexityEstimate",
+    "corrupt",
+    "corruptible_positions",
+    "elbo_perplexity",
+    "families",
+    "mask_probability",
+    "masked_token_perplexity",
+    "measure_likelihood",
+    "perplexity_on",
+    "register_family",
+    "resolve_diffusion",
+    "sample_generator",
+    "timestep_grid",
+    "timestep_row_scale",
+]

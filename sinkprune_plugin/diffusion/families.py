@@ -1,0 +1,178 @@
+"""What makes a model a diffusion LM: a registry of families, resolved from a configuration without executing it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sinkprune_plugin.errors import UsageError
+
+__all__ = ["DiffusionFamily", "DiffusionSpec", "families", "register_family", "resolve_diffusion"]
+
+_HOW_TO_ADD = "add yours with sinkprune_plugin.diffusion.register_family, see docs/adding-a-family.md"
+
+
+@dataclass(frozen=True)
+class DiffusionFamily:
+    """Facts shared by all checkpoints of one kind of diffusion LM.
+
+    :param name: short name for messages and reports
+    :param model_types: values of ``config.model_type`` that belong to the family (compared without case)
+    :param corruption: forward process. "absorbing": a corrupted token becomes the mask token. (Uniform corruption,
+        where it becomes any token of the vocabulary, as in DiffusionGemma, is refused for now: its likelihood differs.)
+    :param keep_first: the first real token of a sequence is never corrupted
+    :param keep_last: the last real token of a sequence is never corrupted
+    :param logit_shift: the logit that predicts token i stands at position i - ``logit_shift``; 0 or 1
+    :param default_mask_token_id: mask token id of the published checkpoints, used only where neither the configuration
+        nor the tokenizer names one and the vocabulary holds it
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    corruption: Literal["absorbing"] = "absorbing"
+    keep_first: bool = False
+    keep_last: bool = False
+    logit_shift: int = 0
+    default_mask_token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class DiffusionSpec:
+    """A family together with the numbers of one checkpoint.
+
+    :param family: the family
+    :param mask_token_id: id of the mask token, in [0, ``vocab_size``)
+    :param vocab_size: rows of the embedding table
+    """
+
+    family: DiffusionFamily
+    mask_token_id: int
+    vocab_size: int
+
+    @property
+    def name(self) -> str:
+        """The family's name."""
+        return self.family.name
+
+    @property
+    def logit_shift(self) -> int:
+        """The logit that predicts token i stands at position i - logit_shift."""
+        return self.family.logit_shift
+
+    @property
+    def keep_first(self) -> bool:
+        """Whether the first real token is never corrupted."""
+        return self.family.keep_first
+
+    @property
+    def keep_last(self) -> bool:
+        """Whether the last real token is never corrupted."""
+        return self.family.keep_last
+
+
+_FAMILIES: dict[str, DiffusionFamily] = {}
+
+
+def register_family(family: DiffusionFamily) -> None:
+    """Make a family known, in place of an earlier one with the same name.
+
+    :param family: the family
+    :raises UsageError: if its fields contradict each other, or another family already has one of its model types
+    """
+    if not family.name or not family.model_types:
+        raise UsageError(f"family {family.name!r} needs a name and at least one model_type")
+    if family.corruption != "absorbing":
+        raise UsageError(
+            f"family {family.name!r} has corruption {family.corruption!r}; only 'absorbing' (mask token) is supported"
+        )
+    if family.logit_shift not in (0, 1):
+        raise UsageError(f"family {family.name!r} has logit_shift {family.logit_shift}; it must be 0 or 1")
+    for other in _FAMILIES.values():
+        taken = {_key(t) for t in other.model_types} & {_key(t) for t in family.model_types}
+        if taken and other.name != family.name:
+            raise UsageError(
+                f"model_type {sorted(taken)[0]!r} already belongs to family {other.name!r}; "
+                "register under that name to replace it"
+            )
+    _FAMILIES[family.name] = family
+
+
+def families() -> tuple[DiffusionFamily, ...]:
+    """All known families, in the order of their registration.
+
+    :return: the families
+    """
+    return tuple(_FAMILIES.values())
+
+
+def resolve_diffusion(config: Any, tokenizer: Any = None, *, mask_token_id: int | None = None) -> DiffusionSpec:
+    """Find a model's family and its mask token.
+
+    The mask token id is taken from, in this order: ``mask_token_id``, ``config.mask_token_id``,
+    ``tokenizer.mask_token_id``, and the family's default if the vocabulary holds it.
+
+    :param config: a transformers configuration, or the parsed content of a config.json; only read, never executed
+    :param tokenizer: the model's tokenizer, if there is one
+    :param mask_token_id: mask token id given by the user
+    :return: family, mask token and vocabulary size
+    :raises UsageError: if the family is unknown, or the mask token id is missing or outside the vocabulary
+    """
+    family = _find_family(_field(config, "model_type"))
+    vocab_size = _vocab_size(config, family)
+    candidates = (
+        ("the mask_token_id given", mask_token_id),
+        ("config.mask_token_id", _field(config, "mask_token_id")),
+        ("tokenizer.mask_token_id", getattr(tokenizer, "mask_token_id", None)),
+    )
+    for source, value in candidates:
+        if value is not None:
+            return DiffusionSpec(family, _checked_mask_id(value, source, vocab_size), vocab_size)
+    default = family.default_mask_token_id
+    if default is not None and default < vocab_size:
+        return DiffusionSpec(family, default, vocab_size)
+    raise UsageError(
+        f"no mask token id for this {family.name} model: config.mask_token_id and the tokenizer's mask_token are "
+        f"missing and the family's default ({default}) is outside its vocabulary of {vocab_size}; set mask_token_id"
+    )
+
+
+def _find_family(model_type: Any) -> DiffusionFamily:
+    for family in _FAMILIES.values():
+        if isinstance(model_type, str) and _key(model_type) in {_key(t) for t in family.model_types}:
+            return family
+    known = ", ".join(f"{family.name} (model_type {' or '.join(family.model_types)})" for family in families())
+    raise UsageError(
+        f"model_type {model_type!r} is no known family of diffusion language models; known: {known}; {_HOW_TO_ADD}"
+    )
+
+
+def _vocab_size(config: Any, family: DiffusionFamily) -> int:
+    # LLaDA's embedding table may be padded beyond the tokenizer's vocabulary; padded rows are valid ids too.
+    sizes = [_field(config, key) for key in ("vocab_size", "embedding_size")]
+    sizes = [size for size in sizes if isinstance(size, int) and size > 0]
+    if not sizes:
+        raise UsageError(f"the configuration of this {family.name} model has no vocab_size; set it in config.json")
+    return max(sizes)
+
+
+def _checked_mask_id(value: Any, source: str, vocab_size: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(f"{source} is {value!r}; it must be one whole number")
+    if not 0 <= value < vocab_size:
+        raise UsageError(f"{source} is {value}, outside the vocabulary of {vocab_size}; set the id of the mask token")
+    return value
+
+
+def _field(config: Any, name: str) -> Any:
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+
+def _key(model_type: str) -> str:
+    return model_type.casefold()
+
+
+# LLaDA and LLaDA-1.5 share model_type "llada". MMaDA is the LLaDA network under model_type "mmada" with image tokens
+# appended to the vocabulary; the mask token keeps its id. Text corruption never produces an image token.
+register_family(DiffusionFamily("llada", ("llada", "mmada"), default_mask_token_id=126336))
+register_family(
+    DiffusionFamily("dream", ("Dream",), keep_first=True, keep_last=True, logit_shift=1, default_mask_token_id=151666)
+)

@@ -1,0 +1,302 @@
+"""How well a diffusion LM predicts text: Monte-Carlo ELBO perplexity and masked-token perplexity.
+
+The negative ELBO of a window x of T tokens ("Large Language Diffusion Models", arXiv 2502.09992, equations 3 and 4) is
+
+    E_t E_{x_t | x, t} [ Σ_{i corrupted} -log p(x_i | x_t) / p_mask(t) ],    t uniform in (0, 1]
+
+and the perplexity is the exponential of its mean over tokens. t is stratified within each window, so that few samples
+cover all noise levels; the estimate stays unbiased.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypedDict, Unpack
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from sinkprune_plugin.diffusion.corruption import corrupt, corruptible_positions, sample_generator
+from sinkprune_plugin.diffusion.families import DiffusionSpec, resolve_diffusion
+from sinkprune_plugin.errors import UsageError
+
+__all__ = [
+    "Likelihood",
+    "LikelihoodOptions",
+    "PerplexityEstimate",
+    "elbo_perplexity",
+    "masked_token_perplexity",
+    "measure_likelihood",
+    "perplexity_on",
+]
+
+# Corrupted positions whose logits are held in float32 at a time: 1024 × 126 464 floats are half a GB for LLaDA-8B.
+_ROWS_PER_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class PerplexityEstimate:
+    """A perplexity with its uncertainty.
+
+    :param perplexity: exp of ``nll_per_token``
+    :param standard_error: of ``perplexity``, from the spread between windows (delta method), so it covers both the
+        noise and the choice of windows; nan for a single window
+    :param nll_per_token: nats per token
+    :param num_samples: noise samples for each window
+    :param num_tokens: tokens that the mean is over
+    """
+
+    perplexity: float
+    standard_error: float
+    nll_per_token: float
+    num_samples: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Both perplexities from the same forward passes.
+
+    :param elbo: ELBO perplexity, an upper bound on the true one
+    :param masked_token: perplexity of corrupted tokens given the others, averaged over noise levels
+    """
+
+    elbo: PerplexityEstimate
+    masked_token: PerplexityEstimate
+
+
+class LikelihoodOptions(TypedDict, total=False):
+    """Options of :func:`measure_likelihood`, which has their meaning and defaults."""
+
+    num_samples: int
+    seed: int
+    noise_eps: float
+    batch_size: int
+    attention_mask: torch.Tensor | None
+    progress: bool
+
+
+def measure_likelihood(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    spec: DiffusionSpec | None = None,
+    *,
+    num_samples: int = 8,
+    seed: int = 0,
+    noise_eps: float = 1e-3,
+    batch_size: int = 8,
+    attention_mask: torch.Tensor | None = None,
+    progress: bool = False,
+) -> Likelihood:
+    """Estimate ELBO and masked-token perplexity with fresh noise.
+
+    Tokens that the family never corrupts (Dream's first and last) are conditioned on and not counted.
+
+    :param model: called as ``model(input_ids=…, attention_mask=…)``, returns an object with ``logits`` (B, T, V)
+    :param input_ids: (N, T) clean windows
+    :param spec: the model's diffusion spec; None resolves it from ``model.config``
+    :param num_samples: noise samples for each window, t stratified over them
+    :param seed: seed of the noise, which depends on seed and window alone
+    :param noise_eps: floor of the mask probability
+    :param batch_size: corrupted windows in a forward pass
+    :param attention_mask: (N, T), nonzero on real tokens; None means that all are real
+    :param progress: show a progress bar
+    :return: both estimates
+    :raises UsageError: if there is nothing to predict or the model's logits aren't finite
+    """
+    spec = spec if spec is not None else resolve_diffusion(getattr(model, "config", None))
+    if input_ids.dim() != 2 or input_ids.shape[0] == 0:
+        raise UsageError(f"input_ids has shape {tuple(input_ids.shape)}; it must be (windows, tokens), not empty")
+    if num_samples < 1:
+        raise UsageError(f"num_samples is {num_samples}; it must be at least 1")
+    clean = input_ids.to(device="cpu", dtype=torch.int64)
+    valid = None if attention_mask is None else attention_mask.to("cpu").bool()
+    windows = clean.repeat_interleave(num_samples, dim=0)
+    window_valid = None if valid is None else valid.repeat_interleave(num_samples, dim=0)
+    timesteps: list[float] = []
+    generators: list[torch.Generator] = []
+    for index, window in enumerate(clean):
+        tokens = window if valid is None else window[valid[index]]
+        timesteps += _stratified_timesteps(num_samples, sample_generator(seed, num_samples, tokens))
+        generators += [sample_generator(seed, sample, tokens) for sample in range(num_samples)]
+    noise = corrupt(windows, timesteps, spec, noise_eps=noise_eps, generators=generators, attention_mask=window_valid)
+    nll = _corrupted_nll(
+        model, windows, noise.noisy_ids, noise.corrupted, spec, batch_size, window_valid, progress=progress
+    )
+    counts = corruptible_positions(clean, spec, valid).sum(dim=1).double() * num_samples
+    return _reduce(nll, noise.corrupted.sum(dim=1), noise.p_mask, counts, num_samples)
+
+
+def elbo_perplexity(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    spec: DiffusionSpec | None = None,
+    **options: Unpack[LikelihoodOptions],
+) -> PerplexityEstimate:
+    """Estimate the ELBO perplexity.
+
+    :param model: see :func:`measure_likelihood`, also for the others
+    :param input_ids: (N, T) clean windows
+    :param spec: the model's diffusion spec; None resolves it from ``model.config``
+    :param options: see :class:`LikelihoodOptions`
+    :return: the estimate
+    """
+    return measure_likelihood(model, input_ids, spec, **options).elbo
+
+
+def masked_token_perplexity(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    spec: DiffusionSpec | None = None,
+    **options: Unpack[LikelihoodOptions],
+) -> PerplexityEstimate:
+    """Estimate the perplexity of corrupted tokens given the others, over all noise levels alike.
+
+    :param model: see :func:`measure_likelihood`, also for the others
+    :param input_ids: (N, T) clean windows
+    :param spec: the model's diffusion spec; None resolves it from ``model.config``
+    :param options: see :class:`LikelihoodOptions`
+    :return: the estimate; its tokens are the corrupted ones
+    """
+    return measure_likelihood(model, input_ids, spec, **options).masked_token
+
+
+def perplexity_on(
+    model: torch.nn.Module,
+    clean_ids: torch.Tensor,
+    noisy_ids: torch.Tensor,
+    p_mask: torch.Tensor,
+    spec: DiffusionSpec | None = None,
+    *,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> tuple[float, float]:
+    """Both perplexities on recorded corruption, for comparisons that leave no room for noise.
+
+    :param model: see :func:`measure_likelihood`
+    :param clean_ids: (N, T) clean windows
+    :param noisy_ids: (N, R, T) R corrupted versions of each window
+    :param p_mask: (N, R) mask probability of each version
+    :param spec: the model's diffusion spec; None resolves it from ``model.config``
+    :param batch_size: corrupted windows in a forward pass
+    :param progress: show a progress bar
+    :return: ELBO perplexity, masked-token perplexity
+    :raises UsageError: if the shapes don't agree or the model's logits aren't finite
+    """
+    spec = spec if spec is not None else resolve_diffusion(getattr(model, "config", None))
+    if noisy_ids.dim() != 3 or clean_ids.shape != noisy_ids[:, 0].shape or p_mask.shape != noisy_ids.shape[:2]:
+        raise UsageError(
+            f"clean_ids {tuple(clean_ids.shape)}, noisy_ids {tuple(noisy_ids.shape)} and p_mask {tuple(p_mask.shape)} "
+            "don't fit together; they must be (N, T), (N, R, T) and (N, R)"
+        )
+    repeats = noisy_ids.shape[1]
+    clean = clean_ids.to(device="cpu", dtype=torch.int64)
+    windows = clean.repeat_interleave(repeats, dim=0)
+    noisy = noisy_ids.to(device="cpu", dtype=torch.int64).flatten(0, 1)
+    corrupted = noisy != windows
+    nll = _corrupted_nll(model, windows, noisy, corrupted, spec, batch_size, None, progress=progress)
+    counts = corruptible_positions(clean, spec).sum(dim=1).double() * repeats
+    result = _reduce(nll, corrupted.sum(dim=1), p_mask.to("cpu").flatten(), counts, repeats)
+    return result.elbo.perplexity, result.masked_token.perplexity
+
+
+def _stratified_timesteps(num_samples: int, generator: torch.Generator) -> list[float]:
+    # One uniform offset u a window: t_k = 1 - (k + u) / K has one point in each of K equal strata of (0, 1].
+    offset = torch.rand((), generator=generator, dtype=torch.float64).item()
+    return [1 - (k + offset) / num_samples for k in range(num_samples)]
+
+
+def _corrupted_nll(
+    model: torch.nn.Module,
+    clean: torch.Tensor,
+    noisy: torch.Tensor,
+    corrupted: torch.Tensor,
+    spec: DiffusionSpec,
+    batch_size: int,
+    valid: torch.Tensor | None,
+    *,
+    progress: bool,
+) -> torch.Tensor:
+    """Sum of -log p over the corrupted tokens of each row, (rows,) float64 on CPU."""
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
+    device = _input_device(model)
+    sums = torch.zeros(clean.shape[0], dtype=torch.float64)
+    starts = range(0, clean.shape[0], batch_size)
+    with _evaluating(model):
+        for start in tqdm(starts, desc="perplexity", unit="batch", disable=None if progress else True):
+            rows = slice(start, start + batch_size)
+            # No mask where there is no padding: attention without a mask is the faster kernel.
+            mask = None if valid is None else valid[rows].to(device=device, dtype=torch.int64)
+            output: Any = model(input_ids=noisy[rows].to(device), attention_mask=mask)
+            row, position = corrupted[rows].nonzero(as_tuple=True)
+            # Dream: the logit that predicts token i stands at i - 1; the first token has none and keeps its own.
+            logits = output.logits[row, (position - spec.logit_shift).clamp(min=0)]
+            targets = clean[rows][row, position].to(logits.device)
+            # In float32: a log-sum-exp over a large vocabulary loses digits in bfloat16.
+            parts = [
+                F.cross_entropy(part.float(), target, reduction="none")
+                for part, target in zip(logits.split(_ROWS_PER_CHUNK), targets.split(_ROWS_PER_CHUNK), strict=True)
+            ]
+            nll = torch.cat(parts).cpu().double()
+            if not bool(nll.isfinite().all()):
+                raise UsageError(
+                    f"the logits of {type(model).__name__} hold NaN or Inf in batch {start // batch_size}; "
+                    "check the weights, or evaluate in float32"
+                )
+            sums.index_add_(0, row + start, nll)
+    return sums
+
+
+def _reduce(
+    nll: torch.Tensor, corrupted: torch.Tensor, p_mask: torch.Tensor, token_counts: torch.Tensor, samples: int
+) -> Likelihood:
+    """Combine per-row sums, (windows · samples,), into the two ratio estimates over windows."""
+    weighted = (nll / p_mask.double()).reshape(-1, samples).sum(dim=1)
+    elbo = _ratio_estimate(weighted, token_counts, samples, tokens=int(token_counts.sum().item()) // samples)
+    corrupted_counts = corrupted.cpu().double().reshape(-1, samples).sum(dim=1)
+    masked = _ratio_estimate(
+        nll.reshape(-1, samples).sum(dim=1),
+        corrupted_counts,
+        samples,
+        tokens=int(corrupted_counts.sum().item()),
+    )
+    return Likelihood(elbo, masked)
+
+
+def _ratio_estimate(sums: torch.Tensor, counts: torch.Tensor, samples: int, *, tokens: int) -> PerplexityEstimate:
+    total = counts.sum().item()
+    if total == 0:
+        raise UsageError("no token was corrupted, so there is nothing to predict; use more windows or num_samples")
+    nll = sums.sum().item() / total
+    windows = len(sums)
+    error = math.nan
+    if windows > 1:
+        # Linearised variance of a ratio of sums, with the windows as independent units.
+        residual = sums - nll * counts
+        error = math.sqrt(windows / (windows - 1) * residual.square().sum().item()) / total
+    perplexity = math.exp(nll) if nll < 700 else math.inf
+    return PerplexityEstimate(perplexity, perplexity * error, nll, samples, tokens)
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _input_device(model: torch.nn.Module) -> torch.device:
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    source = embedding if isinstance(embedding, torch.nn.Module) else model
+    parameter = next(source.parameters(), None)
+    # A parameter on "meta" is an offloaded one; its hook moves the input.
+    if parameter is None or parameter.device.type == "meta":
+        return torch.device("cpu")
+    return parameter.device
