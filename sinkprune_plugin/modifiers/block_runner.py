@@ -12,7 +12,7 @@ from sinkprune_plugin.errors import UsageError
 __all__ = ["BlockInput", "BlockRunner"]
 
 
-class _FirstBlockReached(Exception):
+class _FirstBlockReachedError(Exception):
     """Ends a forward pass whose only purpose was the first block's input."""
 
 
@@ -52,12 +52,12 @@ class BlockRunner:
         def hook(_block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.inputs.append(self._take(args, kwargs))
             if not whole_model:
-                raise _FirstBlockReached
+                raise _FirstBlockReachedError
 
         handle = self.blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
         try:
             run_model()
-        except _FirstBlockReached:
+        except _FirstBlockReachedError:
             pass
         finally:
             handle.remove()
@@ -95,9 +95,7 @@ class BlockRunner:
         previous = self.inputs[-1] if self.inputs else None
         if previous is not None:
             # Rotary tables are the same for every pass of a length: keep one.
-            kwargs = {
-                key: _shared(value, previous.kwargs.get(key)) for key, value in kwargs.items()
-            }
+            kwargs = {key: _shared(value, previous.kwargs.get(key)) for key, value in kwargs.items()}
         return BlockInput(hidden.detach().to("cpu"), tuple(args[1:]), kwargs)
 
 

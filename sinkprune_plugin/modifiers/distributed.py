@@ -22,11 +22,15 @@ def rank() -> int:
 def sum_over_ranks(tensors: Iterable[torch.Tensor]) -> None:
     """Add up each tensor over all processes, in place. Every process passes the same shapes in the same order.
 
-    :param tensors: statistics on the device of the process group's backend
+    :param tensors: statistics, on any device
     """
-    if world_size() > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    if world_size() == 1:
+        return
+    for tensor in tensors:
+        # NCCL moves device memory only.
+        shared = tensor.to(torch.accelerator.current_accelerator()) if dist.get_backend() == "nccl" else tensor
+        dist.all_reduce(shared, op=dist.ReduceOp.SUM)
+        tensor.copy_(shared)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -81,9 +81,7 @@ def parse_mask_structure(text: str) -> MaskStructure:
     return MaskStructure(n, m)
 
 
-def resolve_sparsity(
-    sparsity: float | list[float] | None, structure: MaskStructure
-) -> float | list[float]:
+def resolve_sparsity(sparsity: float | list[float] | None, structure: MaskStructure) -> float | list[float]:
     """Check ``sparsity`` against its range and against the N:M structure.
 
     :param sparsity: share of zeros wanted, one value or one a decoder block; None takes N/M

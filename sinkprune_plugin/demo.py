@@ -1,0 +1,126 @@
+"""`sinkprune demo`: the whole chain on the embedded model, in about a minute and without a network."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sinkprune_plugin.diffusion import elbo_perplexity
+from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
+from sinkprune_plugin.outputs import new_directory
+from sinkprune_plugin.provenance import write_provenance
+from sinkprune_plugin.sinks import sink_report
+from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
+
+__all__ = ["DemoRow", "run_demo"]
+
+CALIBRATION_WINDOWS = 16
+TEST_WINDOWS = 24
+SEQ_LEN = 256
+CORRUPTIONS = 8
+
+
+@dataclass
+class DemoRow:
+    """One line of the demo's table.
+
+    :param method: what pruned the model
+    :param sparsity: share of zeros in the decoder blocks' Linears
+    :param perplexity: Monte-Carlo ELBO perplexity on the embedded test text
+    :param standard_error: its standard error
+    :param seconds: wall time of oneshot()
+    """
+
+    method: str
+    sparsity: float
+    perplexity: float
+    standard_error: float
+    seconds: float
+
+
+def run_demo(output: Path, *, sparsity: float = 0.5, seed: int = 0, overwrite: bool = False) -> list[DemoRow]:
+    """Prune the embedded model with four methods through oneshot(), save, reload, and compare.
+
+    :param output: directory for the pruned models, the table (demo.json) and the sink plot
+    :param sparsity: share of zeros
+    :param seed: seed of corruption, calibration windows and evaluation
+    :param overwrite: replace an existing output
+    :return: the rows of the table, dense first
+    """
+    from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot
+
+    console = Console()
+    tokenizer = load_tokenizer(EMBEDDED_MODEL)
+    calibration = token_windows(
+        read_documents(embedded_text("calibration")), tokenizer, SEQ_LEN, CALIBRATION_WINDOWS, seed=seed
+    )
+    test = token_windows(read_documents(embedded_text("test")), tokenizer, SEQ_LEN, TEST_WINDOWS, seed=seed)
+
+    with new_directory(output, overwrite=overwrite) as directory:
+        rows = [_row("dense", load_model(EMBEDDED_MODEL, torch.float32), test, 0.0, seed)]
+        for method, make_modifier in _methods(sparsity, seed).items():
+            console.print(f"[bold]{method}[/bold]: pruning the embedded model with oneshot()")
+            model = load_model(EMBEDDED_MODEL, torch.float32)
+            started = time.monotonic()
+            run_oneshot(model, tokenizer, make_modifier(), calibration)
+            seconds = time.monotonic() - started
+            saved = directory / method
+            model.save_pretrained(str(saved))
+            tokenizer.save_pretrained(str(saved))
+            # The number in the table is that of the checkpoint on disk, not of the model in memory.
+            rows.append(_row(method, load_model(saved, torch.float32), test, seconds, seed))
+        dense = load_model(EMBEDDED_MODEL, torch.float32)
+        sink_report(dense, tokenizer, calibration[:4], directory / "sinks", seed=seed)
+        table = json.dumps([asdict(row) for row in rows], indent=2)
+        (directory / "demo.json").write_text(table + "\n", encoding="utf-8")
+        write_provenance(directory, sparsity=sparsity, seed=seed, windows=CALIBRATION_WINDOWS, seq_len=SEQ_LEN)
+    _print(rows, console)
+    console.print(f"models, demo.json and sinks/sinks.png are in {output}")
+    return rows
+
+
+def _methods(sparsity: float, seed: int) -> dict[str, Callable[[], Any]]:
+    """Stock modifiers and ours, with the settings that a user would take first."""
+    from sinkprune_plugin.modifiers.oneshot_flow import stock_modifier
+    from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
+    from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
+
+    return {
+        "wanda": lambda: stock_modifier("WandaPruningModifier", sparsity),
+        "sparsegpt": lambda: stock_modifier("SparseGPTModifier", sparsity),
+        "sink-aware-wanda": lambda: SinkAwareWandaModifier(sparsity=sparsity, seed=seed),
+        "sink-aware-sparsegpt": lambda: SinkAwareSparseGPTModifier(sparsity=sparsity, seed=seed),
+    }
+
+
+def _row(method: str, model: Any, test: torch.Tensor, seconds: float, seed: int) -> DemoRow:
+    estimate = elbo_perplexity(model, test, num_samples=CORRUPTIONS, seed=seed)
+    weights = zeros = 0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".blocks." in name:
+            weights += module.weight.numel()
+            zeros += int((module.weight == 0).sum())
+    return DemoRow(method, zeros / weights, estimate.perplexity, estimate.standard_error, seconds)
+
+
+def _print(rows: list[DemoRow], console: Console) -> None:
+    table = Table(title="tiny-llada, ELBO perplexity on the embedded test text", title_justify="left")
+    for heading in ("method", "sparsity", "perplexity", "± s.e.", "change", "seconds"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    dense = rows[0].perplexity
+    for row in rows:
+        table.add_row(
+            row.method,
+            f"{row.sparsity:.3f}",
+            f"{row.perplexity:.2f}",
+            f"{row.standard_error:.2f}",
+            f"{100 * (row.perplexity / dense - 1):+.1f} %",
+            f"{row.seconds:.1f}" if row.seconds else "",
+        )
+    console.print(table)

@@ -1,0 +1,58 @@
+"""Loading a local or hub model and its tokenizer, with failures said in one line."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sinkprune_plugin.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["EMBEDDED_MODEL", "checkpoint_bytes", "load_model", "load_tokenizer"]
+
+EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny-llada"
+
+
+def load_model(name: str | Path, dtype: Any = "auto") -> "PreTrainedModel":
+    """Load a model without executing anything from the checkpoint.
+
+    :param name: directory or hub name
+    :param dtype: torch dtype, or ``auto`` for the checkpoint's own
+    :return: the model in evaluation mode
+    :raises UsageError: if it can't be loaded
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable("model", name, error) from error
+    return model.eval()
+
+
+def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
+    """Load a model's tokenizer.
+
+    :param name: directory or hub name
+    :return: the tokenizer
+    :raises UsageError: if it can't be loaded
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable("tokenizer", name, error) from error
+
+
+def checkpoint_bytes(name: str | Path) -> int:
+    """Size of a local checkpoint's weights in bytes; 0 for a hub name, whose size isn't known here."""
+    return sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) if Path(name).is_dir() else 0
+
+
+def _unloadable(what: str, name: str | Path, error: Exception) -> UsageError:
+    if isinstance(error, UsageError):
+        return error
+    # The first line of transformers' messages says what happened, the rest repeats where help can be found.
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UsageError(f"can't load the {what} {name}: {reason}")

@@ -1,0 +1,25 @@
+"""A run of the tests leaves no files behind in the repository."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def _files() -> set[str]:
+    listed = subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=all"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    return set(listed.stdout.splitlines()) if listed.returncode == 0 else set()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_files_left_behind(request):
+    before = _files()
+    yield
+    # With several workers one may see another's file while it lasts; then only the last one to finish could tell.
+    if not hasattr(request.config, "workerinput"):
+        left = _files() - before
+        assert not left, f"the tests left files behind: {sorted(left)}"

@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.modifiers.input_observer import InputObserver
+from sinkprune_plugin.modifiers.targets import PruningTarget
+
+
+class Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q = torch.nn.Linear(4, 4)
+        self.k = torch.nn.Linear(4, 4)
+        self.o = torch.nn.Linear(4, 4)
+        self.unused = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.o(self.q(x) + self.k(input=x))
+
+
+def observe(model, names, x, seen):
+    targets = [PruningTarget(name, model.get_submodule(name), 0) for name in names]
+    observer = InputObserver(targets, lambda leader, value: seen.append((leader, value)))
+    handles = observer.attach(lambda module, hook, kind, **kw: getattr(module, f"register_{kind}_hook")(hook, **kw))
+    observer.begin(*x.shape[:2])
+    try:
+        model(x)
+    finally:
+        observer.end()
+        for handle in handles:
+            handle.remove()
+    return observer
+
+
+def test_linears_that_share_an_input_are_looked_at_once():
+    model, seen, x = Attention(), [], torch.randn(2, 3, 4)
+    observer = observe(model, ["q", "k", "o"], x, seen)
+    assert [leader for leader, _ in seen] == ["q", "o"]
+    assert observer.leaders == {"q": "q", "k": "q", "o": "o"}
+    torch.testing.assert_close(seen[0][1], x, rtol=0, atol=0)
+
+
+def test_a_tensor_changed_in_place_between_calls_is_another_input():
+    class InPlace(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.a(x)
+            x.add_(1.0)
+            return y + self.b(x)
+
+    with torch.no_grad():
+        seen = []
+        observer = observe(InPlace(), ["a", "b"], torch.randn(1, 2, 4), seen)
+    assert observer.leaders == {"a": "a", "b": "b"}
+
+
+def test_unreached_targets_are_named():
+    observer = observe(Attention(), ["q", "unused"], torch.randn(1, 2, 4), [])
+    assert observer.unreached() == ["unused"]
+
+
+def test_flattened_inputs_are_read_as_sequences():
+    class Flat(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.proj(x.reshape(-1, 4))
+
+    seen, x = [], torch.randn(2, 3, 4)
+    observe(Flat(), ["proj"], x, seen)
+    torch.testing.assert_close(seen[0][1], x, rtol=0, atol=0)
+
+
+def test_routed_inputs_are_refused():
+    class Routed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.expert = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.expert(x[0, :2])
+
+    with pytest.raises(UsageError, match=r"input of expert has shape \(2, 4\).*2 × 3 token positions"):
+        observe(Routed(), ["expert"], torch.randn(2, 3, 4), [])
