@@ -7,6 +7,7 @@ from sinkprune_plugin.diffusion.corruption import (
     mask_probability,
     sample_generator,
 )
+from sinkprune_plugin.diffusion.estimates import Likelihood, PerplexityEstimate
 from sinkprune_plugin.diffusion.families import (
     DiffusionFamily,
     DiffusionSpec,
@@ -15,8 +16,7 @@ from sinkprune_plugin.diffusion.families import (
     resolve_diffusion,
 )
 from sinkprune_plugin.diffusion.likelihood import (
-    Likelihood,
-    PerplexityEstimate,
+    LikelihoodOptions,
     elbo_perplexity,
     masked_token_perplexity,
     measure_likelihood,
@@ -29,6 +29,7 @@ __all__ = [
     "DiffusionFamily",
     "DiffusionSpec",
     "Likelihood",
+    "LikelihoodOptions",
     "PerplexityEstimate",
     "corrupt",
     "corruptible_positions",

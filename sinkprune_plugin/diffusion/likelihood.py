@@ -9,9 +9,7 @@ cover all noise levels; the estimate stays unbiased.
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -19,13 +17,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from sinkprune_plugin.diffusion.corruption import corrupt, corruptible_positions, sample_generator
+from sinkprune_plugin.diffusion.estimates import Likelihood, PerplexityEstimate, RowScores, estimate_likelihood
 from sinkprune_plugin.diffusion.families import DiffusionSpec, resolve_diffusion
 from sinkprune_plugin.errors import UsageError
 
 __all__ = [
-    "Likelihood",
     "LikelihoodOptions",
-    "PerplexityEstimate",
     "elbo_perplexity",
     "masked_token_perplexity",
     "measure_likelihood",
@@ -36,37 +33,6 @@ __all__ = [
 _ROWS_PER_CHUNK = 1024
 
 
-@dataclass(frozen=True)
-class PerplexityEstimate:
-    """A perplexity with its uncertainty.
-
-    :param perplexity: exp of ``nll_per_token``
-    :param standard_error: of ``perplexity``, from the spread between windows (delta method), so it covers both the
-        noise and the choice of windows; nan for a single window
-    :param nll_per_token: nats per token
-    :param num_samples: noise samples for each window
-    :param num_tokens: tokens that the mean is over
-    """
-
-    perplexity: float
-    standard_error: float
-    nll_per_token: float
-    num_samples: int
-    num_tokens: int
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """Both perplexities from the same forward passes.
-
-    :param elbo: ELBO perplexity, an upper bound on the true one
-    :param masked_token: perplexity of corrupted tokens given the others, averaged over noise levels
-    """
-
-    elbo: PerplexityEstimate
-    masked_token: PerplexityEstimate
-
-
 class LikelihoodOptions(TypedDict, total=False):
     """Options of :func:`measure_likelihood`, which has their meaning and defaults."""
 
@@ -75,6 +41,7 @@ class LikelihoodOptions(TypedDict, total=False):
     noise_eps: float
     batch_size: int
     attention_mask: torch.Tensor | None
+    control_variate: bool
     progress: bool
 
 
@@ -88,6 +55,7 @@ def measure_likelihood(
     noise_eps: float = 1e-3,
     batch_size: int = 8,
     attention_mask: torch.Tensor | None = None,
+    control_variate: bool = True,
     progress: bool = False,
 ) -> Likelihood:
     """Estimate ELBO and masked-token perplexity with fresh noise.
@@ -102,6 +70,8 @@ def measure_likelihood(
     :param noise_eps: floor of the mask probability
     :param batch_size: corrupted windows in a forward pass
     :param attention_mask: (N, T), nonzero on real tokens; None means that all are real
+    :param control_variate: reduce the variance of the ELBO estimate, see :func:`estimate_likelihood`; False gives the
+        plain sum of losses over mask probabilities
     :param progress: show a progress bar
     :return: both estimates
     :raises UsageError: if there is nothing to predict or the model's logits aren't finite
@@ -125,8 +95,13 @@ def measure_likelihood(
     nll = _corrupted_nll(
         model, windows, noise.noisy_ids, noise.corrupted, spec, batch_size, window_valid, progress=progress
     )
-    counts = corruptible_positions(clean, spec, valid).sum(dim=1).double() * num_samples
-    return _reduce(nll, noise.corrupted.sum(dim=1), noise.p_mask, counts, num_samples)
+    scores = RowScores(
+        nll=nll.reshape(-1, num_samples),
+        corrupted=noise.corrupted.sum(dim=1).double().reshape(-1, num_samples),
+        p_mask=noise.p_mask.double().reshape(-1, num_samples),
+        tokens=corruptible_positions(clean, spec, valid).sum(dim=1).double(),
+    )
+    return estimate_likelihood(scores, control_variate=control_variate)
 
 
 def elbo_perplexity(
@@ -197,8 +172,13 @@ def perplexity_on(
     noisy = noisy_ids.to(device="cpu", dtype=torch.int64).flatten(0, 1)
     corrupted = noisy != windows
     nll = _corrupted_nll(model, windows, noisy, corrupted, spec, batch_size, None, progress=progress)
-    counts = corruptible_positions(clean, spec).sum(dim=1).double() * repeats
-    result = _reduce(nll, corrupted.sum(dim=1), p_mask.to("cpu").flatten(), counts, repeats)
+    scores = RowScores(
+        nll=nll.reshape(-1, repeats),
+        corrupted=corrupted.sum(dim=1).double().reshape(-1, repeats),
+        p_mask=p_mask.to("cpu").double(),
+        tokens=corruptible_positions(clean, spec).sum(dim=1).double(),
+    )
+    result = estimate_likelihood(scores, control_variate=False)
     return result.elbo.perplexity, result.masked_token.perplexity
 
 
@@ -248,37 +228,6 @@ def _corrupted_nll(
                 )
             sums.index_add_(0, row + start, nll)
     return sums
-
-
-def _reduce(
-    nll: torch.Tensor, corrupted: torch.Tensor, p_mask: torch.Tensor, token_counts: torch.Tensor, samples: int
-) -> Likelihood:
-    """Combine per-row sums, (windows · samples,), into the two ratio estimates over windows."""
-    weighted = (nll / p_mask.double()).reshape(-1, samples).sum(dim=1)
-    elbo = _ratio_estimate(weighted, token_counts, samples, tokens=int(token_counts.sum().item()) // samples)
-    corrupted_counts = corrupted.cpu().double().reshape(-1, samples).sum(dim=1)
-    masked = _ratio_estimate(
-        nll.reshape(-1, samples).sum(dim=1),
-        corrupted_counts,
-        samples,
-        tokens=int(corrupted_counts.sum().item()),
-    )
-    return Likelihood(elbo, masked)
-
-
-def _ratio_estimate(sums: torch.Tensor, counts: torch.Tensor, samples: int, *, tokens: int) -> PerplexityEstimate:
-    total = counts.sum().item()
-    if total == 0:
-        raise UsageError("no token was corrupted, so there is nothing to predict; use more windows or num_samples")
-    nll = sums.sum().item() / total
-    windows = len(sums)
-    error = math.nan
-    if windows > 1:
-        # Linearised variance of a ratio of sums, with the windows as independent units.
-        residual = sums - nll * counts
-        error = math.sqrt(windows / (windows - 1) * residual.square().sum().item()) / total
-    perplexity = math.exp(nll) if nll < 700 else math.inf
-    return PerplexityEstimate(perplexity, perplexity * error, nll, samples, tokens)
 
 
 @contextlib.contextmanager
