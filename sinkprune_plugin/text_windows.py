@@ -1,0 +1,139 @@
+"""Plain text in, token windows of equal length out: for calibration, perplexity and training."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from sinkprune_plugin.errors import UsageError
+
+__all__ = ["embedded_text", "read_documents", "token_windows"]
+
+MINIMUM_TOKENS = 8
+_ASSETS = Path(__file__).parent / "assets"
+
+
+def embedded_text(kind: Literal["calibration", "test"]) -> Path:
+    """Path of a text file that ships with the package.
+
+    :param kind: "calibration" or "test"; they come from different speeches, see assets/README.md
+    :return: a .jsonl file with the fields year, president and text
+    :raises UsageError: if there is no such text
+    """
+    path = _ASSETS / f"{kind}.jsonl"
+    if not path.is_file():
+        raise UsageError(f"there is no embedded text {kind!r}; use 'calibration' or 'test'")
+    return path
+
+
+def read_documents(source: Path | str, text_column: str = "text") -> list[str]:
+    """Read documents from a file or a saved dataset; documents without any text are left out.
+
+    :param source: a .txt file (one document), a .jsonl file (one object with ``text_column`` a line), or a directory
+        written by ``datasets``' ``save_to_disk`` (one document a row; of several splits, "train")
+    :param text_column: name of the field that holds the text
+    :return: documents in the order of the source
+    :raises UsageError: if the source can't be read or holds no text
+    """
+    path = Path(source)
+    if path.is_dir():
+        documents = _read_dataset(path, text_column)
+    elif not path.is_file():
+        raise UsageError(f"{path} does not exist; give a .txt or .jsonl file or a saved dataset")
+    elif path.suffix == ".txt":
+        documents = [_read_text(path)]
+    elif path.suffix == ".jsonl":
+        documents = _read_jsonl(path, text_column)
+    else:
+        raise UsageError(f"{path} is neither .txt nor .jsonl nor a saved dataset; convert it to one of them")
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise UsageError(f"{path} holds no text; give a source with at least one non-empty document")
+    return documents
+
+
+def token_windows(
+    documents: Sequence[str], tokenizer: Any, seq_len: int, num_windows: int, *, seed: int | None = 0
+) -> torch.Tensor:
+    """Cut documents into token windows that don't overlap and need no padding.
+
+    The documents are joined with the tokenizer's EOS between them (with nothing if it has none), and no other special
+    token is added.
+
+    :param documents: texts
+    :param tokenizer: a transformers tokenizer
+    :param seq_len: tokens in a window, at least 8
+    :param num_windows: windows wanted
+    :param seed: a seeded choice among all windows, in random order; None takes the first ones in order
+    :return: (num_windows, seq_len) int64
+    :raises UsageError: if the windows are too short or the text yields fewer of them
+    """
+    if seq_len < MINIMUM_TOKENS:
+        raise UsageError(f"seq_len is {seq_len}; windows need at least {MINIMUM_TOKENS} tokens")
+    if num_windows < 1:
+        raise UsageError(f"num_windows is {num_windows}; ask for at least 1")
+    stream: list[int] = []
+    for document in tqdm(documents, desc="tokenizing", unit="document", delay=2, disable=None):
+        if stream and tokenizer.eos_token_id is not None:
+            stream.append(tokenizer.eos_token_id)
+        # verbose=False: a document longer than the model's context is no fault here, it gets cut.
+        stream += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if seed is None and len(stream) >= num_windows * seq_len:
+            break
+    available = len(stream) // seq_len
+    if available < num_windows:
+        raise UsageError(
+            f"the text has {len(stream)} tokens, enough for {available} windows of {seq_len}, but {num_windows} were "
+            "asked for; use more text, fewer windows or shorter ones"
+        )
+    windows = torch.tensor(stream[: available * seq_len], dtype=torch.int64).reshape(available, seq_len)
+    if seed is None:
+        return windows[:num_windows]
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    return windows[order[:num_windows]]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
+
+
+def _read_jsonl(path: Path, text_column: str) -> list[str]:
+    documents = []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{path} line {number} is not JSON ({error.msg}); write one object a line") from error
+        text = record.get(text_column) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise UsageError(f"{path} line {number} has no text in field {text_column!r}; name the right text_column")
+        documents.append(text)
+    return documents
+
+
+def _read_dataset(path: Path, text_column: str) -> list[str]:
+    # Here and not above: importing datasets takes seconds.
+    from datasets import DatasetDict, load_from_disk
+
+    if not any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        raise UsageError(f"{path} is a directory but no dataset written by save_to_disk; give one, or a text file")
+    data = load_from_disk(str(path))
+    if isinstance(data, DatasetDict):
+        split = "train" if "train" in data else next(iter(data)) if len(data) == 1 else None
+        if split is None:
+            raise UsageError(f"{path} has the splits {', '.join(data)} and no 'train'; give the directory of one")
+        data = data[split]
+    if text_column not in data.column_names:
+        raise UsageError(
+            f"{path} has no column {text_column!r}, only {', '.join(data.column_names)}; name the right text_column"
+        )
+    # A row may be None.
+    return [text if isinstance(text, str) else "" for text in data[text_column]]
