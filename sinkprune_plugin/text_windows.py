@@ -1,7 +1,7 @@
 """Plain text in, token windows of equal length out: for calibration, perplexity and training."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ def read_documents(source: Path | str, text_column: str = "text") -> list[str]:
 
 
 def token_windows(
-    documents: Sequence[str], tokenizer: Any, seq_len: int, num_windows: int, *, seed: int | None = 0
+    documents: Iterable[str], tokenizer: Any, seq_len: int, num_windows: int, *, seed: int | None = 0
 ) -> torch.Tensor:
     """Cut documents into token windows that don't overlap and need no padding.
 
