@@ -52,14 +52,15 @@ def make_case(seed, batch, tokens, columns, num_sinks, *, massive=False, padded=
 def test_one_pass_equals_two_pass(seed, batch, tokens, columns, share, slack, massive, padded):
     num_sinks = int(share * tokens)
     x, mass, mask, valid = make_case(seed, batch, tokens, columns, num_sinks, massive=massive, padded=padded)
+    weights = (1 - mask) if valid is None else (1 - mask) * valid
     statistics = observe_input(x, mass, valid, num_sinks + slack)
     assert statistics.covers(mask)
     expected = two_pass_norms(x, mask, valid)
     # Sums of at most 40 float32 squares: relative error below 40 × 2⁻²⁴ on the sum, half of that on its root.
     tolerance = {"rtol": 3e-6, "atol": 1e-6}
-    torch.testing.assert_close(statistics.square_sums(1 - mask).sqrt().double(), expected, **tolerance)
-    kept = statistics.keep_only(mask)
-    torch.testing.assert_close(kept.square_sums(1 - mask).sqrt().double(), expected, **tolerance)
+    torch.testing.assert_close(statistics.square_sums(weights).sqrt().double(), expected, **tolerance)
+    kept = statistics.keep_only(mask, valid)
+    torch.testing.assert_close(kept.square_sums(weights).sqrt().double(), expected, **tolerance)
     assert kept.rows.shape[1] <= statistics.rows.shape[1]
 
 
@@ -68,6 +69,14 @@ def test_a_sink_that_was_not_set_aside_is_noticed():
     mask[1, mass[1].argmin()] = 0.7
     assert not observe_input(x, mass, None, 5).covers(mask)
     assert observe_input(x, mass, None, 20).covers(mask)
+
+
+def test_an_input_that_the_model_wrote_into_is_not_trusted():
+    x, mass, mask, _ = make_case(0, 1, 8, 4, 2)
+    statistics = observe_input(x, mass, None, 8)
+    assert statistics.covers(mask)
+    x.add_(1.0)
+    assert not statistics.covers(mask)
 
 
 def test_a_negligible_mask_needs_no_row():

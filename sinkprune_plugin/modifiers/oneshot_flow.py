@@ -40,14 +40,15 @@ def run_oneshot(model: Any, tokenizer: Any, recipe: Any, windows: torch.Tensor) 
     )
 
 
-def stock_modifier(name: str, sparsity: float) -> Any:
+def stock_modifier(name: str, sparsity: float, mask_structure: str = "0:0") -> Any:
     """Make one of llm-compressor's own pruning modifiers, set up as for a fair comparison with ours.
 
     :param name: ``WandaPruningModifier`` or ``SparseGPTModifier``
     :param sparsity: share of zeros
+    :param mask_structure: ``N:M``, or ``0:0`` for unstructured
     :return: a fresh modifier; decoder-block Linears only
     """
     modifier = {"WandaPruningModifier": WandaPruningModifier, "SparseGPTModifier": SparseGPTModifier}[name]
     # A pattern that reaches below the blocks: "Linear" with an ignored head would prune the head in 0.14, whose
     # matching adds a trailing dot to a target's own name.
-    return modifier(sparsity=sparsity, targets=[r"re:.*\.(blocks|layers)\.\d+$"])
+    return modifier(sparsity=sparsity, mask_structure=mask_structure, targets=[r"re:.*\.(blocks|layers)\.\d+$"])

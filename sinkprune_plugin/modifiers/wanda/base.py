@@ -21,9 +21,9 @@ from sinkprune_plugin.modifiers.wanda.wanda_sparsify import (
 
 __all__ = ["SinkAwareWandaModifier"]
 
-# Rows set aside for the correction: an eighth of the sequence holds the sinks of nearly every pass (they are positions
-# two standard deviations above the mean) and costs an eighth of one pass's activations in memory.
-SET_ASIDE_SHARE = 8
+# Memory for the rows that are set aside in one pass. Fixed rather than a share of what is free: the number of rows
+# decides the order of float operations, and the same recipe has to give the same mask on every machine.
+SET_ASIDE_BYTES = 2 * 2**30
 SET_ASIDE_MINIMUM = 32
 
 
@@ -106,7 +106,8 @@ class SinkAwareWandaModifier(SinkAwareModifierBase):
                 if self.sink_scope == "all":
                     self._add_norms(statistics, mask, timestep, batch)
                 else:
-                    waiting.append({name: entry.keep_only(mask) for name, entry in statistics.items()})
+                    valid = batch.valid if batch.valid is None else batch.valid.to(mask.device)
+                    waiting.append({name: entry.keep_only(mask, valid) for name, entry in statistics.items()})
             stacked = torch.stack(masks, dim=1)
             self._tally.add(stacked)
             # Which sinks persist is known only after the last timestep.
@@ -129,7 +130,7 @@ class SinkAwareWandaModifier(SinkAwareModifierBase):
         timestep: float,
         batch: CalibrationBatch,
     ) -> None:
-        weights = 1.0 - mask
+        weights = self._token_weights(mask, batch)
         for leader, entry in statistics.items():
             self._add(leader, self._row_scale(timestep) * entry.square_sums(weights).sqrt(), batch)
 
@@ -193,7 +194,7 @@ class _OnePass:
         self._early: list[tuple[str, torch.Tensor]] = []
         self._batch = batch
         self._chooser = chooser
-        self._rows = max(SET_ASIDE_MINIMUM, noisy_ids.shape[1] // SET_ASIDE_SHARE)
+        self._rows = self._affordable_rows(len(noisy_ids))
         self.observer.begin(*noisy_ids.shape)
         if chooser is not None:
             self._rows = int((chooser > NEGLIGIBLE_MASK).sum(dim=1).max())
@@ -207,9 +208,17 @@ class _OnePass:
         self.observer.end()
         return self._statistics, mass
 
+    def _affordable_rows(self, batch_size: int) -> int:
+        """Positions whose rows fit the budget, over all targets; Linears that share an input are counted each."""
+        row_bytes = sum(
+            target.module.in_features * target.module.weight.element_size() for target in self._modifier._targets
+        )
+        return max(SET_ASIDE_MINIMUM, SET_ASIDE_BYTES // (batch_size * row_bytes))
+
     def _on_input(self, leader: str, x: torch.Tensor) -> None:
         if self._chooser is not None:
-            self._keep(leader, x, self._chooser)
+            # A copy: the first run may have failed because the model writes into its inputs.
+            self._keep(leader, x.clone(), self._chooser)
         elif self._capture.layers:
             mass = self._capture.mass
             self._settle_early(mass)

@@ -31,18 +31,23 @@ class InputStatistics:
     :param rest: (B, C) float32, sums of squares over the real positions that were not set aside
     :param rows: (B, K, C) rows set aside, in the input's own dtype
     :param positions: (B, K) int64, where those rows stood in the sequence
+    :param version: torch's version counter of ``rows`` where they are the input itself, not a copy
     """
 
     rest: torch.Tensor
     rows: torch.Tensor
     positions: torch.Tensor
+    version: int | None = None
 
     def covers(self, mask: torch.Tensor) -> bool:
-        """Whether every position with a noticeable mask was set aside.
+        """Whether the norms can be had from what was kept.
 
         :param mask: (B, T) float32 soft sink mask
-        :return: True if the norms can be corrected exactly
+        :return: False if a position with a noticeable mask was not set aside, or if the model has meanwhile written
+            into the input that was kept
         """
+        if self.version is not None and self.rows._version != self.version:
+            return False
         missing = (mask > NEGLIGIBLE_MASK).scatter(1, self.positions, False)
         return not bool(missing.any())
 
@@ -52,26 +57,27 @@ class InputStatistics:
         Rows are set aside before summing rather than subtracted afterwards: a massive activation would leave nothing
         but rounding error of the small ones in float32.
 
-        :param weights: (B, T) float32 token weights w; 1 wherever a row was not set aside
+        :param weights: (B, T) float32 token weights w, 0 on padding; 1 wherever a real row was not set aside
         :return: (B, C) float32
         """
-        picked = weights.gather(1, self.positions).unsqueeze(-1)
-        return self.rest + (picked * self.rows.to(WANDA_PRECISION)).square().sum(dim=1)
+        return self.rest + weighted_square_sums(self.rows, weights.gather(1, self.positions))
 
-    def keep_only(self, mask: torch.Tensor) -> "InputStatistics":
+    def keep_only(self, mask: torch.Tensor, valid: torch.Tensor | None) -> "InputStatistics":
         """Drop the set-aside rows whose mask is negligible, so that many timesteps can wait side by side.
 
         :param mask: (B, T) float32 soft sink mask
+        :param valid: (B, T) bool, False on padding; None if there is none
         :return: equivalent statistics with at most as many rows as the sample with most sinks has
         """
         kept = mask.gather(1, self.positions) > NEGLIGIBLE_MASK
-        released = (self.rows.to(WANDA_PRECISION) * ~kept.unsqueeze(-1)).square().sum(dim=1)
+        released = ~kept if valid is None else ~kept & valid.gather(1, self.positions)
+        rest = self.rest + weighted_square_sums(self.rows, released.to(WANDA_PRECISION))
         width = int(kept.sum(dim=1).max())
         # True sorts before False; a sample with fewer sinks keeps zero rows at its surplus places.
         order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
         rows = self.rows.gather(1, order.unsqueeze(-1).expand(-1, -1, self.rows.shape[-1]))
         rows = rows * kept.gather(1, order).unsqueeze(-1)
-        return InputStatistics(self.rest + released, rows, self.positions.gather(1, order))
+        return InputStatistics(rest, rows, self.positions.gather(1, order))
 
 
 def observe_input(
@@ -82,18 +88,17 @@ def observe_input(
     :param x: (B, T, C) input of a Linear, any floating dtype
     :param running_mass: (B, T) float32 attention mass of the layers seen so far: the likeliest sinks lead it
     :param valid: (B, T) bool, False on padding; None if there is none
-    :param num_rows: rows to set aside, K ≤ T
+    :param num_rows: rows to set aside; from T on the input itself is kept and nothing is summed yet
     :return: the statistics, in float32
     """
-    positions = running_mass.topk(min(num_rows, running_mass.shape[1]), dim=1).indices
-    rows = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-    summed = torch.ones_like(running_mass, dtype=WANDA_PRECISION)
-    if valid is not None:
-        summed = summed * valid
-        # A padded position may be among the largest masses of a short sample; its row counts for nothing.
-        rows = rows * valid.gather(1, positions).unsqueeze(-1)
-    summed = summed.scatter(1, positions, 0.0)
-    return InputStatistics(weighted_square_sums(x, summed), rows, positions)
+    batch, tokens, columns = x.shape
+    if num_rows >= tokens:
+        positions = torch.arange(tokens, device=x.device).expand(batch, tokens)
+        return InputStatistics(x.new_zeros(batch, columns, dtype=WANDA_PRECISION), x, positions, x._version)
+    positions = running_mass.topk(num_rows, dim=1).indices
+    rows = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, columns))
+    summed = torch.ones_like(running_mass) if valid is None else valid.to(running_mass.dtype)
+    return InputStatistics(weighted_square_sums(x, summed.scatter(1, positions, 0.0)), rows, positions)
 
 
 def weighted_square_sums(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
