@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from sinkprune_plugin.errors import UsageError
 
-__all__ = ["embedded_text", "read_documents", "token_windows"]
+__all__ = ["embedded_text", "read_documents", "token_stream", "token_windows"]
 
 MINIMUM_TOKENS = 8
 _ASSETS = Path(__file__).parent / "assets"
@@ -55,13 +55,32 @@ def read_documents(source: Path | str, text_column: str = "text") -> list[str]:
     return documents
 
 
+def token_stream(documents: Iterable[str], tokenizer: Any, enough: int | None = None) -> list[int]:
+    """Token ids of all documents, one after the other.
+
+    :param documents: texts
+    :param tokenizer: a transformers tokenizer; its EOS goes between documents (nothing if it has none), and no other
+        special token is added
+    :param enough: stop reading documents once there are this many tokens
+    :return: token ids
+    """
+    stream: list[int] = []
+    for document in tqdm(documents, desc="tokenizing", unit="document", delay=2, disable=None):
+        if stream and tokenizer.eos_token_id is not None:
+            stream.append(tokenizer.eos_token_id)
+        # verbose=False: a document longer than the model's context is no fault here, it gets cut.
+        stream += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if enough is not None and len(stream) >= enough:
+            break
+    return stream
+
+
 def token_windows(
     documents: Iterable[str], tokenizer: Any, seq_len: int, num_windows: int, *, seed: int | None = 0
 ) -> torch.Tensor:
     """Cut documents into token windows that don't overlap and need no padding.
 
-    The documents are joined with the tokenizer's EOS between them (with nothing if it has none), and no other special
-    token is added.
+    The windows tile :func:`token_stream`; what is left at its end is dropped.
 
     :param documents: texts
     :param tokenizer: a transformers tokenizer
@@ -75,14 +94,7 @@ def token_windows(
         raise UsageError(f"seq_len is {seq_len}; windows need at least {MINIMUM_TOKENS} tokens")
     if num_windows < 1:
         raise UsageError(f"num_windows is {num_windows}; ask for at least 1")
-    stream: list[int] = []
-    for document in tqdm(documents, desc="tokenizing", unit="document", delay=2, disable=None):
-        if stream and tokenizer.eos_token_id is not None:
-            stream.append(tokenizer.eos_token_id)
-        # verbose=False: a document longer than the model's context is no fault here, it gets cut.
-        stream += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        if seed is None and len(stream) >= num_windows * seq_len:
-            break
+    stream = token_stream(documents, tokenizer, None if seed is not None else num_windows * seq_len)
     available = len(stream) // seq_len
     if available < num_windows:
         raise UsageError(
