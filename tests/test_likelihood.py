@@ -139,6 +139,15 @@ def test_one_timestep_in_each_stratum(num_samples, seed):
     assert all(0 < t <= 1 for t in timesteps)
 
 
+def test_timesteps_cover_their_stratum_evenly():
+    draws = [_stratified_timesteps(2, torch.Generator().manual_seed(seed)) for seed in range(2000)]
+    upper, lower = np.array(draws).T
+    # Uniform on (0.5, 1]: standard deviation 0.144, so the mean of 2000 has a standard error of 0.0032; five of them.
+    assert abs(upper.mean() - 0.75) < 0.016
+    assert upper.min() < 0.505 < 0.995 < upper.max()
+    assert np.allclose(upper - lower, 0.5, atol=1e-12)
+
+
 def test_standard_error_is_the_spread_over_samples_of_windows():
     # Many small studies on different windows of a population: their spread is what each one's error predicts.
     model = Toy(LLADA, 6)
