@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sinkprune_plugin.models.llada import LLaDAConfig, LLaDAModelLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -34,6 +33,7 @@ from transformers import PreTrainedTokenizerFast
 from sinkprune_plugin._version import __version__
 from sinkprune_plugin.diffusion import DiffusionSpec, corrupt, elbo_perplexity, resolve_diffusion, sample_generator
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.models.llada import LLaDAConfig, LLaDAModelLM
 from sinkprune_plugin.text_windows import read_documents, token_stream, token_windows
 
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
