@@ -1,0 +1,97 @@
+"""Configuration of Dream models, with the keys of the official ``config.json`` files."""
+
+from typing import Any, ClassVar
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from sinkprune_plugin.errors import UsageError
+
+__all__ = ["DreamConfig"]
+
+
+class DreamConfig(PreTrainedConfig):
+    """Configuration of Dream 7B and models with its architecture.
+
+    Defaults are those of Dream-v0 7B, save that ``num_key_value_heads`` follows from ``num_attention_heads``.
+
+    :param vocab_size: rows of the embedding table and of the vocabulary projection
+    :param hidden_size: width of the hidden states
+    :param intermediate_size: width of the gated MLP
+    :param num_hidden_layers: decoder layers
+    :param num_attention_heads: query heads
+    :param num_key_value_heads: key and value heads; None: ``num_attention_heads``
+    :param hidden_act: activation of the gate, any of transformers' names
+    :param max_position_embeddings: positions seen in training
+    :param rope_theta: base of the rotary frequencies
+    :param rope_scaling: must be None or of type default
+    :param rms_norm_eps: added to the mean square
+    :param initializer_range: standard deviation of fresh weights
+    :param attention_dropout: probability in training
+    :param tie_word_embeddings: the vocabulary projection is the embedding table
+    :param use_sliding_window: must be False; ``sliding_window`` and ``max_window_layers`` mean nothing without it
+    :param mask_token_id: token that masked positions hold
+    """
+
+    model_type = "Dream"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    vocab_size: int = 152064
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 131072
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1000000.0
+    # A field of its own hides transformers' property of this name, which would rename the key when saving.
+    rope_scaling: dict[str, Any] | None = None
+    use_sliding_window: bool = False
+    sliding_window: int | None = None
+    max_window_layers: int = 28
+    attention_dropout: float = 0.0
+    tie_word_embeddings: bool = False
+    mask_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    use_cache: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    def check_supported(self) -> None:
+        """Check that the native class computes what this configuration says.
+
+        :raises UsageError: naming the option
+        """
+        scaling = self.rope_scaling or {}
+        if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+            raise UsageError(
+                f"rope_scaling={self.rope_scaling} in this Dream configuration is not supported; use a checkpoint "
+                "without it"
+            )
+        if self.use_sliding_window:
+            raise UsageError(
+                "use_sliding_window=True in this Dream configuration is not supported, only False; use a checkpoint "
+                "without it"
+            )
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
+            raise UsageError(
+                f"hidden_size={self.hidden_size} over num_attention_heads={self.num_attention_heads} must give heads "
+                "of one even width; change one of them"
+            )
+        if self.num_attention_heads % self.key_value_heads:
+            raise UsageError(
+                f"num_attention_heads={self.num_attention_heads} is no multiple of "
+                f"num_key_value_heads={self.key_value_heads}; change one of them"
+            )
