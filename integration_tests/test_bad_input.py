@@ -126,11 +126,11 @@ def test_activations_that_are_not_finite(cls, value, model, tokenizer, golden_wi
 def test_attention_that_cannot_be_intercepted(cls, model, tokenizer, golden_windows, monkeypatch):
     """A block that computes softmax itself, as eager remote code does."""
 
-    def eager(hidden_states, *args, **kwargs):
-        return hidden_states
+    def eager(self, hidden_states, *args, **kwargs):
+        q, k = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        return hidden_states + self.attn_out((q @ k.transpose(-1, -2)).softmax(-1) @ self.v_proj(hidden_states))
 
-    for block in model.model.transformer.blocks:
-        monkeypatch.setattr(block, "forward", eager)
+    monkeypatch.setattr(type(model.model.transformer.blocks[0]), "forward", eager)
     refused(model, cls(sparsity=0.5, **QUICK), "attn_implementation|sdpa", tokenizer, golden_windows[:1])
 
 

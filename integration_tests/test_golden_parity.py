@@ -6,7 +6,7 @@ that are left, each of them looked at:
 - *Ties and near ties.* A score within rounding of its row's threshold falls to either side. The published program takes
   norms of scaled rows, ours sums squares with the sinks set aside: 1e-7 relative.
 - *Cascades of SparseGPT.* One flipped weight changes the updates of all columns to its right and so the scores of later
-  blocks and layers. Hence 99.5 % instead of 99.99 %.
+  blocks and layers. Hence 99.5 % instead of 99.99 %, and less for 2:4 (see there).
 - *One weight a block of columns.* The published program and llm-compressor prune everything up to and including the
   score at rank floor(numel · sparsity), ours exactly that many: one weight in 24,576 for 192 rows of 128 columns.
 - *Hessian scale.* Theirs is a running mean, ours a sum that is scaled once: rounding again.
@@ -18,6 +18,7 @@ import torch
 from conftest import GOLDEN
 from safetensors.torch import load_file
 
+from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
 from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot, stock_modifier
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
@@ -43,13 +44,13 @@ def golden_masks(name):
 
 
 def agreement(model, masks):
+    assert masks
     same = total = 0
     state = model.state_dict()
     for name, expected in masks.items():
         pruned = state[name] == 0
         same += int((pruned == expected[:, : pruned.shape[1]]).sum())
         total += pruned.numel()
-    assert len(masks) == 42
     return same / total
 
 
@@ -86,21 +87,45 @@ def test_wanda_activation_norms(model, tokenizer, golden_windows, monkeypatch):
         torch.testing.assert_close(seen[name].float(), norms, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(("name", "structure"), [("sink_sparsegpt_50", "0:0"), ("sink_sparsegpt_2of4", "2:4")])
-def test_sparsegpt_masks_and_perplexity(model, tokenizer, golden_windows, golden_perplexity, evaluate, name, structure):
-    corruption = RecordedCorruption("sink_sparsegpt_50", golden_windows)
-    modifier = sink_aware(
-        SinkAwareSparseGPTModifier, corruption, sparsity=0.5, mask_structure=structure, calibrate_on="clean"
+def prune_sparsegpt(model, tokenizer, windows, **fields):
+    corruption = RecordedCorruption("sink_sparsegpt_50", windows)
+    run_oneshot(
+        model, tokenizer, sink_aware(SinkAwareSparseGPTModifier, corruption, calibrate_on="clean", **fields), windows
     )
-    run_oneshot(model, tokenizer, modifier, golden_windows)
-    assert evaluate(model) == pytest.approx(golden_perplexity[name]["elbo_ppl"], rel=0.01)
-    assert agreement(model, golden_masks(name)) >= 0.995
+
+
+def test_sparsegpt_masks_and_perplexity(model, tokenizer, golden_windows, golden_perplexity, evaluate):
+    prune_sparsegpt(model, tokenizer, golden_windows, sparsity=0.5)
+    assert evaluate(model) == pytest.approx(golden_perplexity["sink_sparsegpt_50"]["elbo_ppl"], rel=0.01)
+    assert agreement(model, golden_masks("sink_sparsegpt_50")) >= 0.995
+
+
+def test_sparsegpt_2of4_masks_and_perplexity(tokenizer, golden_windows, golden_perplexity, evaluate):
+    """2:4 decides group by group with all updates so far, so a flipped near tie sets off others all along its row.
+
+    Through six blocks that is chaos: this program agrees with itself on 98.55 % only, when it runs with two threads
+    instead of one or on weights that differ by 1e-7. So block 0, where there is no cascade from earlier blocks, is held
+    to 99.5 %, and the whole to what the program's own rounding noise leaves, measured here.
+    """
+    masks = golden_masks("sink_sparsegpt_2of4")
+    model = load_model(EMBEDDED_MODEL, torch.float32)
+    prune_sparsegpt(model, tokenizer, golden_windows, mask_structure="2:4")
+    assert evaluate(model) == pytest.approx(golden_perplexity["sink_sparsegpt_2of4"]["elbo_ppl"], rel=0.01)
+    first = {name: mask for name, mask in masks.items() if ".blocks.0." in name}
+    assert agreement(model, first) >= 0.995
+
+    nudged = load_model(EMBEDDED_MODEL, torch.float32)
+    embedding = nudged.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding.mul_(1 + 1e-7 * torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0)))
+    prune_sparsegpt(nudged, tokenizer, golden_windows, mask_structure="2:4")
+    itself = {name: model.state_dict()[name] == 0 for name in masks}
+    # 0.003: how much this noise floor itself varies from nudge to nudge.
+    assert agreement(model, masks) >= agreement(nudged, itself) - 0.003
 
 
 def test_sparsegpt_weights_beyond_the_mask(model, tokenizer, golden_windows):
-    corruption = RecordedCorruption("sink_sparsegpt_50", golden_windows)
-    modifier = sink_aware(SinkAwareSparseGPTModifier, corruption, sparsity=0.5, calibrate_on="clean")
-    run_oneshot(model, tokenizer, modifier, golden_windows)
+    prune_sparsegpt(model, tokenizer, golden_windows, sparsity=0.5)
     state = model.state_dict()
     for name, expected in load_file(GOLDEN / "weights_block0_sink_sparsegpt_50.safetensors").items():
         both = (state[name] != 0) & (expected != 0)

@@ -129,7 +129,7 @@ def test_batch_size_and_padding_do_not_change_the_mask(cls, tokenizer, golden_wi
         pruned.append({name: module.weight == 0 for name, module in block_linears(model).items()})
     same = sum(int((pruned[0][name] == pruned[1][name]).sum()) for name in pruned[0])
     total = sum(mask.numel() for mask in pruned[0].values())
-    # Other shapes mean other orders of float32 sums: scores within 1e-6 of the threshold may flip, and in SparseGPT they
+    # Other shapes mean other orders of float32 sums: scores within 1e-6 of the threshold may flip; in SparseGPT they
     # set off further flips (0.05 % between one and two threads of the same program).
     assert same / total > (0.9999 if cls is SinkAwareWandaModifier else 0.995)
 

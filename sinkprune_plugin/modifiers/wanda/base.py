@@ -54,7 +54,9 @@ class SinkAwareWandaModifier(SinkAwareModifierBase):
         - with ``propagate_error``: find the sinks first, then gather and prune block by block
     - on_finalize: remove hooks
 
-    Further fields: see :class:`SinkAwareModifierBase`.
+    Further fields: see :class:`SinkAwareModifierBase`. With ``timestep_weighting: uniform`` the activation norm of a
+    feature is the published sum of norms over samples and timesteps; ``inverse`` and ``inverse_square`` take the root
+    of the weighted sum of squares.
 
     :param propagate_error: block by block, so that later blocks are scored on the outputs of pruned ones; False scores
         every layer on the dense model, as published
@@ -62,7 +64,7 @@ class SinkAwareWandaModifier(SinkAwareModifierBase):
 
     propagate_error: bool = False
 
-    # Σ over samples and timesteps of ‖(1 − m) ⊙ X_j‖, by leader.
+    # By leader, over samples and timesteps: Σ ‖(1 − m) ⊙ X_j‖ as published; Σ ‖…‖² / t^p where timesteps are weighted.
     _norms: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
     _passes: int = PrivateAttr(default=0)
     _reruns: int = PrivateAttr(default=0)
@@ -130,29 +132,35 @@ class SinkAwareWandaModifier(SinkAwareModifierBase):
         timestep: float,
         batch: CalibrationBatch,
     ) -> None:
-        weights = self._token_weights(mask, batch)
+        weights = self._row_scale(timestep) * self._token_weights(mask, batch)
         for leader, entry in statistics.items():
-            self._add(leader, self._row_scale(timestep) * entry.square_sums(weights).sqrt(), batch)
+            self._add(leader, entry.square_sums(weights), batch)
 
     # ---- block by block: the mask is known before
 
     def _observe_weighted(self, leader: str, x: torch.Tensor, weights: torch.Tensor, batch: CalibrationBatch) -> None:
-        self._add(leader, weighted_square_sums(x, weights).sqrt(), batch)
+        self._add(leader, weighted_square_sums(x, weights), batch)
 
-    def _add(self, leader: str, norms: torch.Tensor, batch: CalibrationBatch) -> None:
-        """Add the norms of a batch.
+    @property
+    def _sums_norms(self) -> bool:
+        """The published statistic is a sum of norms; weights 1/t and 1/t² are defined on sums of squares."""
+        return self.timestep_weighting == "uniform"
+
+    def _add(self, leader: str, square_sums: torch.Tensor, batch: CalibrationBatch) -> None:
+        """Add the statistics of a batch.
 
         :param leader: name of the target
-        :param norms: (B, C) float32, one vector a sample
+        :param square_sums: (B, C) float32, one vector a sample
         :param batch: where they come from
         """
-        if not bool(torch.isfinite(norms).all()):
+        if not bool(torch.isfinite(square_sums).all()):
             raise UsageError(
                 f"the input of {leader} in calibration batch {batch.index} has NaN or Inf; check the checkpoint or "
                 "load it with dtype float32"
             )
-        # Sums of thousands of norms, kept in float64 on the host: equal for one and for many processes.
-        total = norms.sum(dim=0).to(device="cpu", dtype=torch.float64)
+        # Sums of thousands of terms, kept in float64 on the host: equal for one and for many processes.
+        terms = square_sums.sqrt() if self._sums_norms else square_sums
+        total = terms.to(device="cpu", dtype=torch.float64).sum(dim=0)
         self._norms[leader] = self._norms[leader] + total if leader in self._norms else total
 
     def _prune(self, targets: list[PruningTarget], leaders: dict[str, str]) -> None:
@@ -160,6 +168,7 @@ class SinkAwareWandaModifier(SinkAwareModifierBase):
         distributed.sum_over_ranks(self._norms[leader] for leader in used)
         for target in targets:
             norms = self._norms[leaders[target.name]]
+            norms = norms if self._sums_norms else norms.sqrt()
             sparsity = self._sparsity_of(target)
             self._replace_weight(
                 target,
