@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GOLDEN
+from golden_data import GOLDEN
 from safetensors.torch import load_file
 
 from sinkprune_plugin.sinks import capture_attention_mass, soft_sink_mask
@@ -20,7 +20,7 @@ def test_mass_and_mask_equal_the_published_program(model, run):
         masses.append(capture.mass)
         masks.append(soft_sink_mask(capture.mass, sink_std=2.0, sink_alpha=5.0))
     assert torch.stack(masses).shape == (windows, steps, tokens)
-    # Float32 on both sides: the order of sums over 6 layers, 4 heads and 256 queries differs, and batched products
+    # Float32 on both sides: the order of sums over 6 layers, 6 heads and 256 queries differs, and batched products
     # round differently from single ones.
     torch.testing.assert_close(torch.stack(masses), recorded["sink_mass"], rtol=1e-4, atol=0)
     # Next to the threshold the sigmoid turns a difference of 1e-5 · mass into 5/4 of it.

@@ -110,12 +110,13 @@ def _scores_mask(
             f"{name} attention of {type(module).__name__} uses {', '.join(unobservable)}, which can't be followed from "
             'outside; load the model with attn_implementation="sdpa"'
         )
-    if name == "eager":
+    # A four-dimensional mask says it all. Without one, eager and flex attention look in both directions.
+    if name in ("eager", "flex_attention") or (attention_mask is not None and attention_mask.dim() == 4):
         return attention_mask, False
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
-    if attention_mask is not None and attention_mask.dim() == 2:
+    if attention_mask is not None:
         # Flash attention gets the (B, T) padding mask of the tokenizer and applies causality itself.
         attention_mask = attention_mask[:, None, None, :].to(device=query.device, dtype=torch.bool)
     num_queries, num_keys = query.shape[2], key.shape[2]
