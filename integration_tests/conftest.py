@@ -1,16 +1,13 @@
 """Shared by the tests that drive the real tools: a fresh compression session each, and the golden numbers."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from golden_data import GOLDEN
 from safetensors.torch import load_file
 
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
-
-GOLDEN = Path(__file__).parent.parent / "tests" / "fixtures" / "golden"
-RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ that are left, each of them looked at:
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from golden_data import GOLDEN
 from safetensors.torch import load_file
 
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model

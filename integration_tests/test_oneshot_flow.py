@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import RECIPES
+from golden_data import RECIPES
 from llmcompressor import oneshot
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from sinkprune_plugin.diffusion import elbo_perplexity
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
-from sinkprune_plugin.outputs import new_directory
+from sinkprune_plugin.outputs import check_output, new_directory
 from sinkprune_plugin.provenance import write_provenance
 from sinkprune_plugin.sinks import sink_report
 from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
@@ -53,8 +53,10 @@ def run_demo(output: Path, *, sparsity: float = 0.5, seed: int = 0, overwrite: b
     :param overwrite: replace an existing output
     :return: the rows of the table, dense first
     """
-    from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot
+    from sinkprune_plugin.modifiers.oneshot_flow import log_to_stderr, run_oneshot
 
+    check_output(output, overwrite=overwrite)
+    log_to_stderr("ERROR")
     console = Console()
     tokenizer = load_tokenizer(EMBEDDED_MODEL)
     calibration = token_windows(

@@ -8,7 +8,7 @@ from sinkprune_plugin.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["EMBEDDED_MODEL", "checkpoint_bytes", "load_model", "load_tokenizer"]
+__all__ = ["EMBEDDED_MODEL", "checkpoint_bytes", "default_sequence_length", "load_model", "load_tokenizer"]
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny-llada"
 
@@ -48,6 +48,21 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
 def checkpoint_bytes(name: str | Path) -> int:
     """Size of a local checkpoint's weights in bytes; 0 for a hub name, whose size isn't known here."""
     return sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) if Path(name).is_dir() else 0
+
+
+def default_sequence_length(config: Any, longest: int) -> int:
+    """Tokens in a sample where the user names no number.
+
+    :param config: the model's configuration
+    :param longest: upper bound
+    :return: the model's maximum length or ``longest``, whichever is less
+    :raises UsageError: if the configuration names no maximum
+    """
+    for key in ("max_sequence_length", "max_position_embeddings"):
+        length = getattr(config, key, None)
+        if length:
+            return min(int(length), longest)
+    raise UsageError("the model's config names no maximum length; pass --seq-len")
 
 
 def _unloadable(what: str, name: str | Path, error: Exception) -> UsageError:

@@ -1,15 +1,17 @@
 """`sinkprune prune`: one recipe through llm-compressor's own oneshot(), the result written whole or not at all."""
 
 from pathlib import Path
-from typing import Any
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.loading import checkpoint_bytes, load_model, load_tokenizer
+from sinkprune_plugin.loading import checkpoint_bytes, default_sequence_length, load_model, load_tokenizer
 from sinkprune_plugin.outputs import check_output, new_directory
 from sinkprune_plugin.provenance import write_provenance
 from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
 
 __all__ = ["prune"]
+
+# The published runs calibrate on the model's maximum, 4096 for LLaDA; Dream's 131072 would be of no use.
+LONGEST_DEFAULT = 4096
 
 
 def prune(
@@ -30,21 +32,22 @@ def prune(
     :param output: directory to write
     :param dataset: text file, JSON-lines file or saved dataset; None takes the embedded calibration text
     :param num_samples: calibration windows
-    :param seq_len: tokens in a window; None takes the model's maximum
+    :param seq_len: tokens in a window; None takes the model's maximum, at most 4096
     :param seed: seed of the choice of windows
     :param overwrite: replace an existing output
     :return: the output directory
     :raises UsageError: on wrong input; nothing is written then
     """
-    from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot
+    from sinkprune_plugin.modifiers.oneshot_flow import log_to_stderr, run_oneshot
 
+    log_to_stderr("INFO")
     if not recipe.is_file():
         raise UsageError(f"recipe {recipe} doesn't exist; the recipes folder has one for every method")
     check_output(output, overwrite=overwrite, needed_bytes=checkpoint_bytes(model_name))
     tokenizer = load_tokenizer(model_name)
     model = load_model(model_name)
     if seq_len is None:
-        seq_len = _maximum_length(model.config)
+        seq_len = default_sequence_length(model.config, LONGEST_DEFAULT)
     source = dataset if dataset is not None else embedded_text("calibration")
     windows = token_windows(read_documents(source), tokenizer, seq_len, num_samples, seed=seed)
     run_oneshot(model, tokenizer, recipe, windows)
@@ -61,11 +64,3 @@ def prune(
             seed=seed,
         )
     return output
-
-
-def _maximum_length(config: Any) -> int:
-    for key in ("max_sequence_length", "max_position_embeddings"):
-        length = getattr(config, key, None)
-        if length:
-            return int(length)
-    raise UsageError("the model's config names no maximum length; pass --seq-len")

@@ -1,5 +1,6 @@
 """llm-compressor's plain oneshot() on token windows; that it finds our modifiers is registration.py's work."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,23 @@ import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+from loguru import logger
 
-__all__ = ["calibration_dataset", "run_oneshot", "stock_modifier"]
+__all__ = ["calibration_dataset", "log_to_stderr", "run_oneshot", "stock_modifier"]
+
+
+def log_to_stderr(level: str) -> None:
+    """Replace llm-compressor's log handler by a plain one, for a command line that people read.
+
+    :param level: least level shown; the two METRIC lines a module are left out at any level
+    """
+    logger.remove()
+    logger.add(
+        sys.stderr,
+        level=level,
+        format="{time:HH:mm:ss} {level: <7} {message}",
+        filter=lambda record: record["level"].name != "METRIC",
+    )
 
 
 def calibration_dataset(windows: torch.Tensor) -> Any:

@@ -1,0 +1,46 @@
+"""`sinkprune sinks`: load a model and text, measure, write the report and print its table."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from sinkprune_plugin.loading import default_sequence_length, load_model, load_tokenizer
+from sinkprune_plugin.outputs import check_output
+from sinkprune_plugin.sinks.report import print_sink_report, sink_report
+from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
+
+__all__ = ["measure_sinks"]
+
+# Long enough for sinks to move, short enough to read in a plot.
+LONGEST_DEFAULT = 512
+
+
+def measure_sinks(
+    model_name: str,
+    output: Path,
+    *,
+    dataset: str | None = None,
+    num_samples: int = 8,
+    seq_len: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Measure the sinks of a model on text.
+
+    :param model_name: directory or hub name; a diffusion LM, or any other for comparison
+    :param output: directory to write
+    :param dataset: text file, JSON-lines file or saved dataset; None takes the embedded calibration text
+    :param num_samples: text windows
+    :param seq_len: tokens in a window; None takes the model's maximum, at most 512
+    :param seed: seed of corruption and of the choice of windows
+    :param overwrite: replace an existing output
+    :raises UsageError: on wrong input; nothing is written then
+    """
+    check_output(output, overwrite=overwrite)
+    tokenizer = load_tokenizer(model_name)
+    model = load_model(model_name)
+    length = seq_len if seq_len is not None else default_sequence_length(model.config, LONGEST_DEFAULT)
+    source = dataset if dataset is not None else embedded_text("calibration")
+    windows = token_windows(read_documents(source), tokenizer, length, num_samples, seed=seed)
+    report = sink_report(model, tokenizer, windows, output, seed=seed, overwrite=overwrite)
+    print_sink_report(report, Console())
