@@ -6,7 +6,9 @@ Importing this package imports neither torch nor transformers; the registration 
 classes they extend have been imported.
 """
 
-__all__ = ["register_configs", "register_models", "register_tokenizers"]
+import sys
+
+__all__ = ["register_configs", "register_imported", "register_models", "register_tokenizers"]
 
 
 def register_configs() -> None:
@@ -49,3 +51,25 @@ def register_tokenizers() -> None:
 
     register_configs()
     AutoTokenizer.register(DreamConfig, tokenizer_class=DreamTokenizer, exist_ok=True)
+
+
+_REGISTER = {
+    "transformers.models.auto.modeling_auto": register_models,
+    "transformers.models.auto.tokenization_auto": register_tokenizers,
+}
+_registered: set[str] = set()
+
+
+def register_imported() -> None:
+    """Register with those auto classes that have been imported by now; each configuration calls this when it is made.
+
+    A hook on the import of ``modeling_auto`` comes too late where that import is what imports torch, as in a script
+    that begins with ``from transformers import AutoModelForCausalLM``. But every auto class makes the configuration
+    before it looks for the class that goes with it, so this is always in time.
+    """
+    for name, register in _REGISTER.items():
+        module = sys.modules.get(name)
+        if name in _registered or module is None or getattr(module.__spec__, "_initializing", False):
+            continue
+        register()
+        _registered.add(name)

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from transformers.configuration_utils import PreTrainedConfig
 
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.models import register_imported
 
 __all__ = ["DreamConfig"]
 
@@ -58,6 +59,16 @@ class DreamConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     use_cache: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Take over keys that are no fields; see ``PreTrainedConfig``."""
+        register_imported()
+        # How transformers 5 itself writes both rotary keys, in files that it converted.
+        parameters = kwargs.pop("rope_parameters", None)
+        if parameters is not None:
+            self.rope_theta = parameters.get("rope_theta", self.rope_theta)
+            self.rope_scaling = None if parameters.get("rope_type", "default") == "default" else parameters
+        super().__post_init__(**kwargs)
 
     @property
     def head_dim(self) -> int:

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from transformers.configuration_utils import PreTrainedConfig
 
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.models import register_imported
 
 __all__ = ["LLaDAConfig", "MMaDAConfig"]
 
@@ -109,6 +110,11 @@ class LLaDAConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     use_cache: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Take over keys that are no fields; see ``PreTrainedConfig``."""
+        register_imported()
+        super().__post_init__(**kwargs)
 
     @property
     def embedding_rows(self) -> int:
