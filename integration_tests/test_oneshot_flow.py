@@ -195,14 +195,20 @@ def test_rows_set_aside_or_pass_run_again_is_the_same(fields, tokenizer, golden_
 
 
 @pytest.mark.parametrize("cls", BOTH)
-def test_a_model_dispatched_with_offloading(cls, tokenizer, golden_windows):
+def test_blocks_that_are_offloaded_to_disk(cls, tokenizer, golden_windows, tmp_path):
     """Weights that live elsewhere between calls are read and written through their offload."""
-    from compressed_tensors.offload import offload_model
+    from transformers import AutoModelForCausalLM
 
     plain = load_model(EMBEDDED_MODEL, torch.float32)
     run_oneshot(plain, tokenizer, cls(sparsity=0.5, **QUICK), golden_windows[:2])
-    offloaded = load_model(EMBEDDED_MODEL, torch.float32)
-    offload_model(offloaded, onload_device="cpu", offload_device="cpu")
+    places = {"wte": "cpu", "ln_f": "cpu", "ff_out": "cpu", "blocks": "disk"}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        EMBEDDED_MODEL,
+        dtype=torch.float32,
+        device_map={f"model.transformer.{name}": place for name, place in places.items()},
+        offload_folder=tmp_path,
+    )
+    assert next(offloaded.model.transformer.blocks[0].parameters()).device.type == "meta"
     run_oneshot(offloaded, tokenizer, cls(sparsity=0.5, **QUICK), golden_windows[:2])
     for (name, a), (_, b) in zip(block_linears(plain).items(), block_linears(offloaded).items(), strict=True):
         assert torch.equal(a.weight, b.weight), name

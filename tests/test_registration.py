@@ -74,7 +74,8 @@ def test_a_broken_entry_point_of_someone_else_does_not_break_ours(tmp_path):
 
 def test_auto_classes_know_our_configs():
     printed = run(
-        "from transformers import AutoConfig\n"
+        # torch's autoload is the hook; AutoModel imports torch, AutoConfig alone does not.
+        "import torch; from transformers import AutoConfig\n"
         "print(type(AutoConfig.for_model('llada')).__name__, type(AutoConfig.for_model('Dream')).__name__)"
     )
     assert printed == ["LLaDAConfig", "DreamConfig"]

@@ -15,6 +15,7 @@ from llmcompressor.utils.helpers import (
     disable_lm_head,
     eval_context,
 )
+from torch.utils.data import DataLoader
 
 from sinkprune_plugin.diffusion import DiffusionSpec, corrupt, sample_generator
 from sinkprune_plugin.errors import UsageError
@@ -114,7 +115,7 @@ def collect_batches(dataloader: Iterable[Any] | None) -> list[CalibrationBatch]:
         raise UsageError(
             "sink-aware pruning needs calibration data and got none; pass `dataset=` to oneshot() (text or input_ids)"
         )
-    batches = [_read_batch(index, batch) for index, batch in enumerate(dataloader)]
+    batches = [_read_batch(index, batch) for index, batch in enumerate(_own_part(dataloader))]
     digests = distributed.gather_objects([batch.digest() for batch in batches])
     if len(digests) > 1 and all(other == digests[0] for other in digests):
         batches = batches[distributed.rank() :: distributed.world_size()]
@@ -124,6 +125,23 @@ def collect_batches(dataloader: Iterable[Any] | None) -> list[CalibrationBatch]:
             "pass at least one sample for each process"
         )
     return batches
+
+
+def _own_part(dataloader: Iterable[Any]) -> Iterable[Any]:
+    """Make a loader of llm-compressor 0.14 read this rank's part of the data.
+
+    With several processes it cuts the dataset into parts and gives the sampler this rank's part, but goes on loading
+    from the whole dataset, so that every rank reads the first part. The sampler's own data source is the right one.
+
+    :param dataloader: any iterable of batches
+    :return: the same, or a loader of the sampler's data source
+    """
+    source = getattr(getattr(dataloader, "sampler", None), "data_source", None)
+    if not isinstance(dataloader, DataLoader) or source is None or len(source) >= len(dataloader.dataset):
+        return dataloader
+    return DataLoader(
+        source, batch_size=dataloader.batch_size, sampler=dataloader.sampler, collate_fn=dataloader.collate_fn
+    )
 
 
 def _read_batch(index: int, batch: Any) -> CalibrationBatch:
