@@ -137,7 +137,7 @@ def _own_part(dataloader: Iterable[Any]) -> Iterable[Any]:
     :return: the same, or a loader of the sampler's data source
     """
     source = getattr(getattr(dataloader, "sampler", None), "data_source", None)
-    if not isinstance(dataloader, DataLoader) or source is None or len(source) >= len(dataloader.dataset):
+    if not isinstance(dataloader, DataLoader) or source is None or len(source) >= len(dataloader.dataset):  # type: ignore[arg-type]
         return dataloader
     return DataLoader(
         source, batch_size=dataloader.batch_size, sampler=dataloader.sampler, collate_fn=dataloader.collate_fn
