@@ -2,8 +2,8 @@
 
     python tools/train_tiny_llada.py TRAIN_TEXT --output DIR [--validation TEST_TEXT]
 
-TRAIN_TEXT is a .txt or .jsonl file. With the defaults (24 M tokens, 3.4 M parameters) this takes the better part of an
-hour on one CPU core and gives a model like sinkprune_plugin/assets/tiny-llada. The state is saved every
+TRAIN_TEXT is a .txt or .jsonl file. With the defaults (25 M tokens, 3.4 M parameters) this takes some two hours
+on one CPU core and gives a model like sinkprune_plugin/assets/tiny-llada. The state is saved every
 --checkpoint-every steps, and the same command resumes from there, with the same weights in the end as if it had never
 been interrupted; --stop-after does a part of the work on purpose.
 
