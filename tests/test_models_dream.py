@@ -58,13 +58,13 @@ def test_logits_equal_the_plain_forward(changes, tmp_path):
     groups=st.integers(1, 3),
     half_head=st.integers(1, 4),
     lengths=st.lists(st.integers(1, 11), min_size=1, max_size=3),
-    offset=st.integers(0, 50),
+    stretch=st.integers(0, 5),
     seed=st.integers(0, 1000),
 )
 @settings(deadline=None, max_examples=25)
 @torch.no_grad()
 def test_any_shape_with_padding_and_positions_equals_the_plain_forward(
-    tmp_path_factory, kv_heads, groups, half_head, lengths, offset, seed
+    tmp_path_factory, kv_heads, groups, half_head, lengths, stretch, seed
 ):
     folder = tmp_path_factory.mktemp("dream")
     config, tensors = write_dream(
@@ -76,8 +76,8 @@ def test_any_shape_with_padding_and_positions_equals_the_plain_forward(
     )
     ids = random_ids(config["vocab_size"], len(lengths), max(lengths), seed=seed)
     valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    # Rows with positions of their own, as for left padding in the official sampler.
-    positions = torch.arange(max(lengths)) + offset * torch.arange(len(lengths))[:, None]
+    # Each row spaced differently: a shift alone would change nothing, rotary embedding sees differences of positions.
+    positions = torch.arange(max(lengths)) * (1 + stretch + torch.arange(len(lengths))[:, None])
     logits = load(folder)(ids, valid.long(), positions).logits
     torch.testing.assert_close(logits[valid], plain_dream(tensors, config, ids, valid, positions)[valid], **CLOSE)
 

@@ -177,6 +177,36 @@ def test_bfloat16_stays_near_float32_with_rotation_in_float32(tiny):
     assert (logits.float() - expected).std() < 0.05 * expected.std()
 
 
+class _CaptureQueries(torch.overrides.TorchFunctionMode):
+    """Keeps the first query that reaches scaled_dot_product_attention."""
+
+    query = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention and self.query is None:
+            self.query = args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("full_precision", [True, False])
+@torch.no_grad()
+def test_rope_full_precision_decides_where_bfloat16_rounds(full_precision):
+    config = LLaDAConfig.from_pretrained(TINY, rope_full_precision=full_precision)
+    model = LLaDAModelLM.from_pretrained(TINY, config=config)
+    ids = random_ids(2048, 1, 256)
+    with _CaptureQueries() as capture:
+        model(ids)
+    block = model.model.transformer.blocks[0]
+    unrotated = block.q_proj(block.attn_norm(model.get_input_embeddings()(ids))).unflatten(-1, (6, 32)).transpose(1, 2)
+    angle = torch.arange(256.0)[:, None] * 500000.0 ** (-torch.arange(0, 32, 2) / 32)
+    z = torch.complex(*unrotated.float().chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
+    rounded_once = torch.cat((z.real, z.imag), dim=-1).bfloat16()
+    equal = (capture.query == rounded_once).float().mean()
+    # Rounded once, at the end, both ways of multiplying agree but for a tie now and then; with rounding at each step
+    # about half of the elements differ in their last bit.
+    assert (equal > 0.999) == full_precision
+
+
 def test_dropout_acts_in_training_only(tmp_path):
     config, _ = write_llada(tmp_path, attention_dropout=0.5, residual_dropout=0.5, embedding_dropout=0.5)
     model = load(tmp_path)
