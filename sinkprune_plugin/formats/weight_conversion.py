@@ -1,0 +1,289 @@
+"""Weight conversions for transformers' loader: the parts of a sparse weight in, the dense weight out.
+
+The loader collects the tensors that a :class:`~transformers.core_model_loading.WeightConverter` renames to one
+parameter, from whichever shards they lie in, and calls its operations parameter by parameter. So at no time is there
+more than one weight both sparse and dense.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.distributed.utils import is_dtensor
+
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.formats import bitmask, bitmask24
+from sinkprune_plugin.formats.checkpoint_parts import PARTS, CheckpointParts, dense_name
+
+__all__ = ["LoadContext", "add_sparse_conversions"]
+
+_DECOMPRESS: dict[str, Callable[..., torch.Tensor]] = {
+    "sparse-bitmask": bitmask.decompress,
+    "sparse-24-bitmask": bitmask24.decompress,
+}
+# Quantized values keep their own dtype: casting int8 or fp8 to the model's dtype would drop their scale.
+_CASTABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+class LoadContext:
+    """What the conversions of one ``from_pretrained`` call share, and what they found wrong.
+
+    :param sparse_format: key of ``PARTS``
+    :param parts: the checkpoint's headers
+    :param dtype: the model's dtype
+    :param dtype_plan: regular expression → dtype, for parameters the model keeps in another one
+    """
+
+    def __init__(
+        self, sparse_format: str, parts: CheckpointParts, dtype: torch.dtype | None, dtype_plan: Mapping[str, Any]
+    ) -> None:
+        self.sparse_format = sparse_format
+        self.parts = parts
+        self.dtype = dtype
+        self.errors: list[UsageError] = []
+        self._whole: bool | None = None
+        self._plan = [(re.compile(pattern.replace("*", ".*")), kept) for pattern, kept in dtype_plan.items()]
+        self._files = {dense_name(owner): file for owner, file in parts.owners.items()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LoadContext":
+        # The loader copies a converter for each tensor; errors must come back to one place.
+        return self
+
+    @property
+    def casts(self) -> bool:
+        """Whether a plain tensor is stored in another float dtype than the model's."""
+        if self.dtype is None and not self._plan:
+            return False
+        floats = set(self.parts.plain.values()) & set(_SAFETENSORS_DTYPES.values())
+        own = {_SAFETENSORS_DTYPES[self.dtype]} if self.dtype in _SAFETENSORS_DTYPES else set()
+        return bool(self._plan) or bool(floats - own)
+
+    def refuse_sharded(self, model: Any) -> None:
+        """Refuse a model whose parameters are spread over processes: the loader would cut the parts like the weight.
+
+        :raises UsageError: with the remedy
+        """
+        if self._whole is None:
+            self._whole = not any(is_dtensor(weight) for weight in model.parameters())
+        if not self._whole:
+            raise UsageError(
+                f"{self.sparse_format} can't be loaded with tensor parallelism (tp_plan, distributed_config); "
+                "convert the checkpoint to dense first, with sinkprune convert --to dense"
+            )
+
+    def cast(self, tensor: torch.Tensor, name: str, model: Any) -> torch.Tensor:
+        """Bring a tensor to the dtype that the named parameter has or keeps."""
+        wanted = next((kept for pattern, kept in self._plan if pattern.search(name)), None)
+        if wanted is None:
+            wanted = model.get_parameter_or_buffer(name).dtype
+        return tensor.to(wanted) if tensor.dtype in _CASTABLE and wanted in _CASTABLE else tensor
+
+    def decompress(self, parts: Mapping[str, torch.Tensor], name: str, model: Any) -> torch.Tensor:
+        """One weight from its parts, in the dtype the parameter wants.
+
+        :param parts: local name → tensor
+        :param name: the parameter's name in the model
+        :param model: the model, on the meta device or not
+        :raises UsageError: if the parts don't fit together
+        """
+        file = self._files.get(name)
+        where = f"{name} ({file})" if file else name
+        missing = [part for part in PARTS[self.sparse_format] if part not in parts]
+        if missing:
+            raise UsageError(f"{where}: part {missing[0]} is missing; fetch or write the checkpoint again")
+        if parts["shape"].numel() == 1:
+            # A bias or norm weight, which compressed-tensors before 0.9 compressed too: one row.
+            row = {part: tensor.reshape(1, -1) for part, tensor in parts.items()}
+            row["shape"] = torch.cat([torch.ones_like(row["shape"].flatten()), row["shape"].flatten()])
+            for flat in ("compressed", "row_offsets"):
+                row[flat] = row[flat].flatten()
+            parts, rows = row, 1
+        else:
+            rows = 2
+        dense = _DECOMPRESS[self.sparse_format](parts, name=where)
+        return self.cast(dense.flatten() if rows == 1 else dense, name, model)
+
+
+class _PartsConverter(WeightConverter):
+    """A converter that looks at the model before the first tensor is read, when its distribution is settled."""
+
+    __slots__ = ("context", "model")
+
+    def __init__(self, source_patterns: list[str], target_pattern: str, context: LoadContext, model: Any) -> None:
+        super().__init__(source_patterns, [target_pattern], [DecompressWeight(context)])
+        self.context = context
+        self.model = model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightConverter:
+        # The loader makes a copy for each tensor; what is copied must be without the model.
+        return WeightConverter(
+            list(self._original_source_patterns), list(self._original_target_patterns), list(self.operations)
+        )
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """See the base class."""
+        self.context.refuse_sharded(self.model)
+        return super().rename_source_key(source_key)
+
+
+class DecompressWeight(ConversionOps):
+    """The parts of one weight → the weight."""
+
+    def __init__(self, context: LoadContext) -> None:
+        self.context = context
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],  # noqa: ARG002 - the loader's signature
+        full_layer_name: str = "",
+        model: Any = None,
+        **_kwargs: Any,
+    ) -> dict[str, Any]:
+        """See the base class; a bad weight is noted in the context and left out, hence never loaded."""
+        wanted = PARTS[self.context.sparse_format]
+        parts = {
+            part: input_dict[pattern][0]
+            for part, pattern in zip(wanted, source_patterns, strict=True)
+            if input_dict.get(pattern)
+        }
+        try:
+            dense = self.context.decompress(parts, full_layer_name, model)
+        except UsageError as error:
+            # Raised here, the loader would bury it in a table and raise "some issues" instead.
+            self.context.errors.append(error)
+            return {}
+        return {full_layer_name: dense}
+
+
+class DecompressGroups(ConversionOps):
+    """As :class:`DecompressWeight`, for the several weights that a model's own conversion merges (experts, fused QKV).
+
+    :param stems: source pattern of a dense weight → patterns of its parts, in the order of ``PARTS``
+    """
+
+    def __init__(self, context: LoadContext, stems: dict[str, list[str]]) -> None:
+        self.context = context
+        self.stems = stems
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],  # noqa: ARG002 - the loader's signature
+        target_patterns: list[str],  # noqa: ARG002 - the loader's signature
+        full_layer_name: str = "",
+        model: Any = None,
+        **_kwargs: Any,
+    ) -> dict[str, Any]:
+        """See the base class."""
+        wanted = PARTS[self.context.sparse_format]
+        for dense, patterns in self.stems.items():
+            groups = [input_dict.pop(pattern, []) for pattern in patterns]
+            if not any(groups):
+                continue
+            if dense in input_dict or len({len(group) for group in groups}) != 1:
+                raise UsageError(
+                    f"{full_layer_name}: some of the weights merged into it are sparse and some dense, "
+                    "which can't be told apart while loading; convert the checkpoint to dense first"
+                )
+            input_dict[dense] = [
+                self.context.decompress(dict(zip(wanted, one, strict=True)), full_layer_name, model)
+                for one in zip(*groups, strict=True)
+            ]
+        return input_dict
+
+
+class CastPlain(ConversionOps):
+    """Give a plain tensor the parameter's dtype.
+
+    The loader leaves that to the conversions as soon as a quantizer is in play and the tensor has been renamed.
+
+    :param rename: whether this is the only operation, which must name the target
+    """
+
+    def __init__(self, context: LoadContext, rename: bool) -> None:
+        self.context = context
+        self.rename = rename
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],  # noqa: ARG002 - the loader's signature
+        target_patterns: list[str],  # noqa: ARG002 - the loader's signature
+        full_layer_name: str = "",
+        model: Any = None,
+        **_kwargs: Any,
+    ) -> dict[str, Any]:
+        """See the base class."""
+        cast = {}
+        for key, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            cast[full_layer_name if self.rename else key] = self.context.cast(tensor, full_layer_name, model)
+        return cast
+
+
+def add_sparse_conversions(
+    conversions: list[Any], context: LoadContext, model: Any
+) -> tuple[list[Any], dict[int, Any], set[int]]:
+    """Extend a model's weight conversions by those of a sparse checkpoint.
+
+    :param conversions: the model's own, in order
+    :param context: shared state of this load
+    :param model: the model to load into
+    :return: the conversions to load with; ``id`` of each rewritten one → the original, to save with; ``id`` of each
+        added one, which saving must not invert
+    """
+    loading: list[Any] = []
+    originals: dict[int, Any] = {}
+    for conversion in conversions:
+        rewritten = _rewrite(conversion, context) if isinstance(conversion, WeightConverter) else conversion
+        if rewritten is not conversion:
+            originals[id(rewritten)] = conversion
+        loading.append(rewritten)
+    wanted = PARTS[context.sparse_format]
+    added: list[WeightConverter] = [
+        # Full names first: their prefix ends in .weight already and must not get another.
+        _PartsConverter([rf"^(.+\.(?:weight|bias))\.{part}$" for part in wanted], r"\1", context, model),
+        _PartsConverter([rf"^(.+)\.{part}$" for part in wanted], r"\1.weight", context, model),
+    ]
+    if context.casts:
+        added.append(WeightConverter([r"^(.+)$"], [r"\1"], [CastPlain(context, rename=True)]))
+    return loading + added, originals, {id(converter) for converter in added}
+
+
+def _rewrite(conversion: WeightConverter, context: LoadContext) -> WeightConverter:
+    """Let a model's own converter accept sparse sources, and cast what it makes."""
+    sources: list[str] = []
+    stems: dict[str, list[str]] = {}
+    for pattern in conversion.source_patterns:
+        stem = pattern.removesuffix("$").removesuffix(".weight")
+        owned = re.compile(stem.replace("*.", r".*\.") + "$")
+        if stem == pattern or not any(owned.search(owner) for owner in context.parts.owners):
+            sources.append(pattern)
+            continue
+        dense = f"{stem}.weight$"
+        stems[dense] = [rf"{stem}\.{part}$" for part in PARTS[context.sparse_format]]
+        sources += [dense, *stems[dense]]
+    operations = list(conversion.operations)
+    if stems:
+        operations.insert(0, DecompressGroups(context, stems))
+    if context.casts:
+        operations.append(CastPlain(context, rename=False))
+    if len(operations) == len(conversion.operations):
+        return conversion
+    rewritten = WeightConverter(sources, list(conversion._original_target_patterns), operations)
+    rewritten.scope_prefix = conversion.scope_prefix
+    rewritten.base_model_prefix = conversion.base_model_prefix
+    return rewritten
