@@ -24,6 +24,8 @@ from transformers import (
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import bitmask, bitmask24
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
+from sinkprune_plugin.models.dream.configuration_dream import DreamConfig
+from sinkprune_plugin.models.dream.modeling_dream import DreamModel
 
 LEGACY = Path(__file__).parent.parent / "tests" / "fixtures" / "legacy_checkpoints"
 COMPRESS = {"sparse-bitmask": bitmask.compress, "sparse-24-bitmask": bitmask24.compress}
@@ -47,11 +49,13 @@ def _prune(model):
     return model
 
 
-@pytest.fixture(scope="module", params=["llada", "llama", "qwen2"])
+@pytest.fixture(scope="module", params=["llada", "dream", "llama", "qwen2"])
 def pruned(request):
     torch.manual_seed(0)
     if request.param == "llada":
         return _prune(load_model(EMBEDDED_MODEL))
+    if request.param == "dream":
+        return _prune(DreamModel(DreamConfig(**SIZES, mask_token_id=63)).bfloat16())
     if request.param == "llama":
         return _prune(LlamaForCausalLM(LlamaConfig(**SIZES)).bfloat16())
     return _prune(Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)).bfloat16())
@@ -217,6 +221,46 @@ def test_experts_that_transformers_merges(tmp_path):
     assert again.keys() == tensors.keys()
 
 
+@pytest.mark.parametrize("damage", ["mask", "mixed"])
+def test_damaged_expert(tmp_path, damage):
+    torch.manual_seed(0)
+    model = _prune(MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)).bfloat16())
+    _write(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    owner = next(name for name in stored if "experts.2." in name).rpartition(".")[0]
+    if damage == "mask":
+        stored[f"{owner}.bitmask"][0, 0] ^= 1
+    else:
+        parts = {part: stored.pop(f"{owner}.{part}") for part in ("compressed", "bitmask", "shape", "row_offsets")}
+        stored[f"{owner}.weight"] = bitmask.decompress(parts)
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"model\.layers\.0\.mlp\.experts") as raised:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_tensor_parallel_model_is_refused():
+    """The loader would cut the parts of a weight where it should cut the weight."""
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    from sinkprune_plugin.formats.checkpoint_parts import CheckpointParts
+    from sinkprune_plugin.formats.load_context import LoadContext
+
+    model = torch.nn.Linear(4, 4)
+    context = LoadContext("sparse-bitmask", CheckpointParts(), torch.float32, {})
+    context.refuse_sharded(model)
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        model.weight = torch.nn.Parameter(distribute_tensor(model.weight, init_device_mesh("cpu", (1,))))
+        context = LoadContext("sparse-bitmask", CheckpointParts(), torch.float32, {})
+        with pytest.raises(UsageError, match="tensor parallelism"):
+            context.refuse_sharded(model)
+    finally:
+        destroy_process_group()
+
+
 @pytest.mark.parametrize(
     "imports",
     [
@@ -279,9 +323,21 @@ def test_hostile_format_is_refused_and_nothing_imported(llama, tmp_path, method,
     _write(llama, tmp_path)
     _edit_config(tmp_path, quantization_config=_quantization_config(name, method))
     before = set(sys.modules)
-    with pytest.raises(UsageError, match="the sparse formats are sparse-bitmask, sparse-24-bitmask"):
+    with pytest.raises(UsageError, match="the formats are sparse-bitmask, sparse-24-bitmask, dense"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not {module for module in set(sys.modules) - before if "antigravity" in module or "evil" in module}
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors-sparse", "compressed-tensors"])
+@pytest.mark.parametrize("dtype", [torch.float32, "auto"])
+def test_dense_format_without_quantization(llama, tmp_path, method, dtype):
+    """What old releases of llm-compressor write for a pruned model; transformers by itself fails on it."""
+    llama.save_pretrained(tmp_path)
+    _edit_config(tmp_path, quantization_config=_quantization_config("dense", method))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert loaded.dtype == (torch.bfloat16 if dtype == "auto" else dtype)
+    _assert_same(loaded, llama)
+    _assert_ordinary(loaded)
 
 
 def test_dispatch_key_without_sparsity_config(llama, tmp_path):

@@ -15,6 +15,8 @@ __all__ = ["PARTS", "CheckpointParts", "dense_name", "scan_parts"]
 PARTS = {
     "sparse-bitmask": ("compressed", "bitmask", "shape", "row_offsets"),
     "sparse-24-bitmask": ("compressed", "bitmask", "shape"),
+    # Weights as they are. Old releases of llm-compressor write it for every pruned model.
+    "dense": (),
 }
 """Format → names of the tensors that make up one weight."""
 
@@ -46,7 +48,7 @@ def scan_parts(files: Iterable[str | Path], sparse_format: str) -> CheckpointPar
     """Read the headers of all shards and check that each sparse weight is complete and claimed once.
 
     :param files: the checkpoint's safetensors files
-    :param sparse_format: ``sparse-bitmask`` or ``sparse-24-bitmask``
+    :param sparse_format: key of ``PARTS``
     :return: the sparse weights and the plain tensors
     :raises UsageError: naming tensor and file, if a part is missing or a weight is stored twice
     """
@@ -56,7 +58,7 @@ def scan_parts(files: Iterable[str | Path], sparse_format: str) -> CheckpointPar
     parts: set[str] = set()
     for name in stored:
         owner, _, suffix = name.rpartition(".")
-        if suffix not in _MARKERS or not owner:
+        if suffix not in _MARKERS or not owner or not wanted:
             continue
         for part in wanted:
             if f"{owner}.{part}" not in stored:

@@ -21,7 +21,8 @@ from transformers.utils import quantization_config as stock
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats.checkpoint_parts import PARTS, scan_parts
-from sinkprune_plugin.formats.weight_conversion import LoadContext, add_sparse_conversions
+from sinkprune_plugin.formats.load_context import LoadContext
+from sinkprune_plugin.formats.weight_conversion import add_sparse_conversions
 
 __all__ = [
     "LEGACY_METHOD",
@@ -36,8 +37,6 @@ QUANT_METHOD = "compressed-tensors-sparse"
 LEGACY_METHOD = "compressed-tensors"
 # Never in a file: only tells transformers' registry which of the two quantizers takes a parsed config.
 _STACKED_METHOD = "compressed-tensors-sparse-quantized"
-# Keys that don't make a config a quantized one; the first reader of the format drew the line here too.
-_NOT_QUANTIZATION = {"sparsity_config", "transform_config", "quant_method", "version"}
 
 
 class CompressedTensorsConfig(stock.CompressedTensorsConfig):
@@ -46,14 +45,14 @@ class CompressedTensorsConfig(stock.CompressedTensorsConfig):
     It bears transformers' own name for the class because ``from_pretrained(quantization_config=…)``, which
     llm-compressor uses on every ``compressed-tensors`` checkpoint, compares the names of the classes.
 
-    :param sparsity_config: its ``format`` must be one of the sparse formats
+    :param sparsity_config: its ``format`` must be a key of ``PARTS``
     :param options: a stacked quantization, as transformers' class takes it
     :raises UsageError: if the format is unknown or the checkpoint can't be loaded correctly
     """
 
     def __init__(self, sparsity_config: Any = None, **options: Any) -> None:
         self.sparse_format = _sparse_format(sparsity_config)
-        self.stacked = bool(options.get("config_groups") or options.get("kv_cache_scheme"))
+        self.stacked = _is_quantized(options)
         if not self.stacked and options.get("transform_config"):
             raise UsageError(
                 "quantization_config has a transform_config beside its sparsity_config, which can't be loaded without "
@@ -82,8 +81,9 @@ class _CompressedTensorsDispatch(stock.CompressedTensorsConfig):
         """See the base class."""
         inner = config_dict.get("quantization_config", config_dict)
         sparsity = inner.get("sparsity_config")
-        # An empty sparsity_config and the format "dense" say that weights are stored as they are.
-        if not sparsity or (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
+        # Without quantization, the format "dense" is ours too: transformers by itself fails on it.
+        dense = isinstance(sparsity, dict) and sparsity.get("format") == "dense"
+        if not sparsity or (dense and _is_quantized(inner)):
             return cls.previous.from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
         return CompressedTensorsConfig.from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
@@ -140,7 +140,7 @@ class _SparseLoading(HfQuantizer):
             )
         count = len(loading) - len(self._added)
         stacked: list[Any] = super().update_weight_conversions(loading[:count])
-        return stacked[:count] + loading[count:][:2] + stacked[count:] + loading[count:][2:]
+        return stacked[:count] + loading[count:] + stacked[count:]
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         """Refuse what didn't load as it should; leave no trace of the loading; see the base class."""
@@ -200,6 +200,10 @@ class SparseQuantizedHfQuantizer(_SparseLoading, CompressedTensorsHfQuantizer):
         super().__init__(quantization_config, **kwargs)
 
 
+def _is_quantized(config: dict[str, Any]) -> bool:
+    return bool(config.get("config_groups") or config.get("kv_cache_scheme"))
+
+
 def _sparse_format(sparsity_config: Any) -> str:
     """The format named in a ``sparsity_config``; compared, never looked up, so that no text from a file is imported."""
     if not isinstance(sparsity_config, dict):
@@ -212,7 +216,7 @@ def _sparse_format(sparsity_config: Any) -> str:
         if name == known:
             return known
     raise UsageError(
-        f"sparsity_config.format is {str(name)[:80]!r}; the sparse formats are {', '.join(PARTS)}: fix config.json"
+        f"sparsity_config.format is {str(name)[:80]!r}; the formats are {', '.join(PARTS)}: fix config.json"
     )
 
 

@@ -6,110 +6,16 @@ more than one weight both sparse and dense.
 """
 
 import re
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.distributed.utils import is_dtensor
+from transformers.core_model_loading import ConversionOps, SkipParameters, WeightConverter
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.formats import bitmask, bitmask24
-from sinkprune_plugin.formats.checkpoint_parts import PARTS, CheckpointParts, dense_name
+from sinkprune_plugin.formats.checkpoint_parts import PARTS
+from sinkprune_plugin.formats.load_context import LoadContext
 
-__all__ = ["LoadContext", "add_sparse_conversions"]
-
-_DECOMPRESS: dict[str, Callable[..., torch.Tensor]] = {
-    "sparse-bitmask": bitmask.decompress,
-    "sparse-24-bitmask": bitmask24.decompress,
-}
-# Quantized values keep their own dtype: casting int8 or fp8 to the model's dtype would drop their scale.
-_CASTABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
-
-
-class LoadContext:
-    """What the conversions of one ``from_pretrained`` call share, and what they found wrong.
-
-    :param sparse_format: key of ``PARTS``
-    :param parts: the checkpoint's headers
-    :param dtype: the model's dtype
-    :param dtype_plan: regular expression → dtype, for parameters the model keeps in another one
-    """
-
-    def __init__(
-        self, sparse_format: str, parts: CheckpointParts, dtype: torch.dtype | None, dtype_plan: Mapping[str, Any]
-    ) -> None:
-        self.sparse_format = sparse_format
-        self.parts = parts
-        self.dtype = dtype
-        self.errors: list[UsageError] = []
-        self._whole: bool | None = None
-        self._plan = [(re.compile(pattern.replace("*", ".*")), kept) for pattern, kept in dtype_plan.items()]
-        self._files = {dense_name(owner): file for owner, file in parts.owners.items()}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "LoadContext":
-        # The loader copies a converter for each tensor; errors must come back to one place.
-        return self
-
-    @property
-    def casts(self) -> bool:
-        """Whether a plain tensor is stored in another float dtype than the model's."""
-        if self.dtype is None and not self._plan:
-            return False
-        floats = set(self.parts.plain.values()) & set(_SAFETENSORS_DTYPES.values())
-        own = {_SAFETENSORS_DTYPES[self.dtype]} if self.dtype in _SAFETENSORS_DTYPES else set()
-        return bool(self._plan) or bool(floats - own)
-
-    def refuse_sharded(self, model: Any) -> None:
-        """Refuse a model whose parameters are spread over processes: the loader would cut the parts like the weight.
-
-        :raises UsageError: with the remedy
-        """
-        if self._whole is None:
-            self._whole = not any(is_dtensor(weight) for weight in model.parameters())
-        if not self._whole:
-            raise UsageError(
-                f"{self.sparse_format} can't be loaded with tensor parallelism (tp_plan, distributed_config); "
-                "convert the checkpoint to dense first, with sinkprune convert --to dense"
-            )
-
-    def cast(self, tensor: torch.Tensor, name: str, model: Any) -> torch.Tensor:
-        """Bring a tensor to the dtype that the named parameter has or keeps."""
-        wanted = next((kept for pattern, kept in self._plan if pattern.search(name)), None)
-        if wanted is None:
-            wanted = model.get_parameter_or_buffer(name).dtype
-        return tensor.to(wanted) if tensor.dtype in _CASTABLE and wanted in _CASTABLE else tensor
-
-    def decompress(self, parts: Mapping[str, torch.Tensor], name: str, model: Any) -> torch.Tensor:
-        """One weight from its parts, in the dtype the parameter wants.
-
-        :param parts: local name → tensor
-        :param name: the parameter's name in the model
-        :param model: the model, on the meta device or not
-        :raises UsageError: if the parts don't fit together
-        """
-        file = self._files.get(name)
-        where = f"{name} ({file})" if file else name
-        missing = [part for part in PARTS[self.sparse_format] if part not in parts]
-        if missing:
-            raise UsageError(f"{where}: part {missing[0]} is missing; fetch or write the checkpoint again")
-        if parts["shape"].numel() == 1:
-            # A bias or norm weight, which compressed-tensors before 0.9 compressed too: one row.
-            row = {part: tensor.reshape(1, -1) for part, tensor in parts.items()}
-            row["shape"] = torch.cat([torch.ones_like(row["shape"].flatten()), row["shape"].flatten()])
-            for flat in ("compressed", "row_offsets"):
-                row[flat] = row[flat].flatten()
-            parts, rows = row, 1
-        else:
-            rows = 2
-        dense = _DECOMPRESS[self.sparse_format](parts, name=where)
-        return self.cast(dense.flatten() if rows == 1 else dense, name, model)
+__all__ = ["add_sparse_conversions"]
 
 
 class _PartsConverter(WeightConverter):
@@ -132,6 +38,21 @@ class _PartsConverter(WeightConverter):
         """See the base class."""
         self.context.refuse_sharded(self.model)
         return super().rename_source_key(source_key)
+
+
+class _MergingConverter(WeightConverter):
+    """A model's own converter, with sparse sources: leaves it to the quantizer to raise what the context noted."""
+
+    __slots__ = ("context",)
+
+    def convert(self, layer_name: str, *args: Any, loading_info: Any = None, **kwargs: Any) -> Any:
+        """See the base class."""
+        try:
+            return super().convert(layer_name, *args, loading_info=loading_info, **kwargs)
+        except SkipParameters:
+            if self.context.errors and loading_info is not None:
+                loading_info.conversion_errors.pop(layer_name, None)
+            raise
 
 
 class DecompressWeight(ConversionOps):
@@ -192,15 +113,19 @@ class DecompressGroups(ConversionOps):
             groups = [input_dict.pop(pattern, []) for pattern in patterns]
             if not any(groups):
                 continue
-            if dense in input_dict or len({len(group) for group in groups}) != 1:
-                raise UsageError(
-                    f"{full_layer_name}: some of the weights merged into it are sparse and some dense, "
-                    "which can't be told apart while loading; convert the checkpoint to dense first"
-                )
-            input_dict[dense] = [
-                self.context.decompress(dict(zip(wanted, one, strict=True)), full_layer_name, model)
-                for one in zip(*groups, strict=True)
-            ]
+            try:
+                if dense in input_dict or len({len(group) for group in groups}) != 1:
+                    raise UsageError(
+                        f"{full_layer_name}: some of the weights merged into it are sparse and some dense, "
+                        "which can't be told apart while loading; convert the checkpoint to dense first"
+                    )
+                input_dict[dense] = [
+                    self.context.decompress(dict(zip(wanted, one, strict=True)), full_layer_name, model)
+                    for one in zip(*groups, strict=True)
+                ]
+            except UsageError as error:
+                self.context.errors.append(error)
+                raise
         return input_dict
 
 
@@ -253,11 +178,12 @@ def add_sparse_conversions(
             originals[id(rewritten)] = conversion
         loading.append(rewritten)
     wanted = PARTS[context.sparse_format]
-    added: list[WeightConverter] = [
+    added: list[WeightConverter] = []
+    if wanted:
         # Full names first: their prefix ends in .weight already and must not get another.
-        _PartsConverter([rf"^(.+\.(?:weight|bias))\.{part}$" for part in wanted], r"\1", context, model),
-        _PartsConverter([rf"^(.+)\.{part}$" for part in wanted], r"\1.weight", context, model),
-    ]
+        full, short = r"^(.+\.(?:weight|bias))\.", r"^(.+)\."
+        added.append(_PartsConverter([f"{full}{part}$" for part in wanted], r"\1", context, model))
+        added.append(_PartsConverter([f"{short}{part}$" for part in wanted], r"\1.weight", context, model))
     if context.casts:
         added.append(WeightConverter([r"^(.+)$"], [r"\1"], [CastPlain(context, rename=True)]))
     return loading + added, originals, {id(converter) for converter in added}
@@ -283,7 +209,8 @@ def _rewrite(conversion: WeightConverter, context: LoadContext) -> WeightConvert
         operations.append(CastPlain(context, rename=False))
     if len(operations) == len(conversion.operations):
         return conversion
-    rewritten = WeightConverter(sources, list(conversion._original_target_patterns), operations)
+    rewritten = _MergingConverter(sources, list(conversion._original_target_patterns), operations)
+    rewritten.context = context
     rewritten.scope_prefix = conversion.scope_prefix
     rewritten.base_model_prefix = conversion.base_model_prefix
     return rewritten
