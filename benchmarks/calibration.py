@@ -1,13 +1,15 @@
 """Sink-aware Wanda's calibration against the published formulation and against llm-compressor's own Wanda.
 
-Workload: a random LLaDA (8 layers, d_model 1024, 16 heads, MLP 3072, float32), windows of 1024 random tokens, 50 % sparsity.
+Workload: a random LLaDA (8 layers, d_model 1024, 16 heads, MLP 3072, float32), windows of 1024 random tokens, 50 %
+sparsity.
 
 - *published*: the formulation of the paper's program, written out below. For every sample and timestep one forward pass
   with explicit (B, H, T, T) attention for the sink mask, and a second pass for the norms of the masked rows.
 - *stock Wanda*: llm-compressor's WandaPruningModifier through the same oneshot(), on as many clean windows as ours has
   (sample, timestep) pairs, so that the number of forward tokens is the same.
 
-The three run in turn, several rounds; the table gives medians, the ratios are medians of the ratios round by round. Model
+The three run in turn, several rounds; the table gives medians, the ratios are medians of the ratios round by round.
+Model
 construction and data are outside the timing. Memory is what torch's allocator hands out beyond its level at the start.
 """
 

@@ -7,7 +7,8 @@ host libraries is imported. It may be called any number of times.
 - ``llmcompressor.modifiers.factory``: its registry of registered modifiers becomes a mapping that resolves the entry
   points of the group ``llmcompressor.modifiers`` at the first lookup. Registering at import time would be circular:
   ``llmcompressor`` is half imported when it imports torch.
-- ``transformers``: configs and models are registered as soon as the auto classes they belong to exist.
+- ``transformers``: configurations are registered as soon as ``AutoConfig`` exists, and register their models when they are
+  made, which comes before an auto class looks for the model.
 """
 
 import importlib
@@ -75,14 +76,9 @@ def _register_configs(_module: ModuleType) -> None:
     importlib.import_module("sinkprune_plugin.models").register_configs()
 
 
-def _register_models(_module: ModuleType) -> None:
-    importlib.import_module("sinkprune_plugin.models").register_models()
-
-
 _ON_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "llmcompressor.modifiers.factory": _fill_factory,
     "transformers.models.auto.configuration_auto": _register_configs,
-    "transformers.models.auto.modeling_auto": _register_models,
 }
 
 

@@ -4,7 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.modifiers.mask_structure import MaskStructure, parse_mask_structure, resolve_sparsity
+from sinkprune_plugin.modifiers.mask_structure import (
+    MaskStructure,
+    lowest_in_rows,
+    parse_mask_structure,
+    resolve_sparsity,
+)
 
 
 @pytest.mark.parametrize(("text", "n", "m"), [("0:0", 0, 0), ("2:4", 2, 4), ("1:8", 1, 8), (" 4:8 ", 4, 8)])
@@ -60,3 +65,13 @@ def test_groups_equal_a_loop_over_columns(rows, groups, nm, seed):
             order = sorted(range(m), key=lambda k: (metric[row, start + k].item(), k))
             expected = [k in order[:n] for k in range(m)]
             assert mask[row, start : start + m].tolist() == expected
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 5), st.integers(1, 30), st.floats(0, 1), st.sampled_from([2, 1000]), st.integers(0, 99))
+def test_lowest_in_rows_equals_a_stable_sort(rows, columns, share, values, seed):
+    metric = torch.randint(0, values, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()
+    count = int(share * columns)
+    order = metric.argsort(dim=1, stable=True)[:, :count]
+    expected = torch.zeros_like(metric, dtype=torch.bool).scatter_(1, order, True)
+    assert torch.equal(lowest_in_rows(metric, count), expected)

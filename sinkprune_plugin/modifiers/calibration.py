@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from sinkprune_plugin.diffusion import DiffusionSpec, corrupt, sample_generator
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers import distributed
+from sinkprune_plugin.text_windows import MINIMUM_TOKENS
 
 __all__ = [
     "CalibrationBatch",
@@ -30,8 +31,6 @@ __all__ = [
     "collect_batches",
     "forward",
 ]
-
-MINIMUM_TOKENS = 8
 
 
 @dataclass(frozen=True)

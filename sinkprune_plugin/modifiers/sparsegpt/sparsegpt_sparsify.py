@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.modifiers.mask_structure import MaskStructure
+from sinkprune_plugin.modifiers.mask_structure import MaskStructure, lowest_in_rows
 
 __all__ = ["InverseFactor", "accumulate_hessian", "invert_hessian", "sparsify_weight"]
 
@@ -99,7 +99,10 @@ def sparsify_weight(
         U_block = U[start:stop, start:stop]
         diagonal = U_block.diagonal()
         if structure.unstructured:
-            mask = _lowest(block.square() / diagonal.square(), sparsity)
+            scores = block.square() / diagonal.square()
+            # The small addend keeps 0.7 · 10 = 7 from flooring to 6 in floating point.
+            count = int(scores.numel() * sparsity + 1e-9)
+            mask = lowest_in_rows(scores.reshape(1, -1), count).reshape(scores.shape)
         else:
             mask = torch.zeros_like(block, dtype=torch.bool)
 
@@ -116,16 +119,3 @@ def sparsify_weight(
         loss += errors.square().sum() / 2
         W[:, stop:].addmm_(errors, U[start:stop, stop:], alpha=-1.0)
     return W.to(dtype), float(loss)
-
-
-def _lowest(metric: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """Mark the floor(numel · sparsity) smallest entries of a whole block.
-
-    :param metric: (rows, width) scores
-    :param sparsity: share to mark
-    :return: (rows, width) bool
-    """
-    count = int(metric.numel() * sparsity + 1e-9)
-    order = metric.flatten().argsort(stable=True)[:count]
-    mask = torch.zeros(metric.numel(), dtype=torch.bool, device=metric.device)
-    return mask.index_fill_(0, order, True).reshape(metric.shape)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sinkprune_plugin.modifiers.mask_structure import MaskStructure
+from sinkprune_plugin.modifiers.mask_structure import MaskStructure, lowest_in_rows
 
 __all__ = [
     "NEGLIGIBLE_MASK",
@@ -126,8 +126,7 @@ def sparsify_weight(W: torch.Tensor, norms: torch.Tensor, sparsity: float, struc
     if structure.unstructured:
         # The small addend keeps 0.7 · 10 = 7 from flooring to 6 in floating point.
         count = int(W.shape[1] * sparsity + 1e-9)
-        order = metric.argsort(dim=1, stable=True)[:, :count]
-        mask = torch.zeros_like(metric, dtype=torch.bool).scatter_(1, order, True)
+        mask = lowest_in_rows(metric, count)
     else:
         mask = structure.lowest_in_groups(metric)
     return W.masked_fill(mask, 0.0)
