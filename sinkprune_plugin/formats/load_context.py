@@ -93,14 +93,11 @@ class LoadContext:
         missing = [part for part in PARTS[self.sparse_format] if part not in parts]
         if missing:
             raise UsageError(f"{where}: part {missing[0]} is missing; fetch or write the checkpoint again")
-        if parts["shape"].numel() == 1:
-            # A bias or norm weight, which compressed-tensors before 0.9 compressed too: one row.
-            row = {part: tensor.reshape(1, -1) for part, tensor in parts.items()}
-            row["shape"] = torch.cat([torch.ones_like(row["shape"].flatten()), row["shape"].flatten()])
-            for flat in ("compressed", "row_offsets"):
-                row[flat] = row[flat].flatten()
-            parts, rows = row, 1
-        else:
-            rows = 2
+        vector = parts["shape"].numel() == 1
+        if vector:
+            # A bias or norm weight, which compressed-tensors before 0.9 compressed too: taken as a matrix of one row.
+            length = parts["shape"].flatten()
+            parts = {part: tensor.flatten() for part, tensor in parts.items()}
+            parts |= {"shape": torch.cat([torch.ones_like(length), length]), "bitmask": parts["bitmask"].unsqueeze(0)}
         dense = _DECOMPRESS[self.sparse_format](parts, name=where)
-        return self.cast(dense.flatten() if rows == 1 else dense, name, model)
+        return self.cast(dense.flatten() if vector else dense, name, model)
