@@ -7,8 +7,8 @@ host libraries is imported. It may be called any number of times.
 - ``llmcompressor.modifiers.factory``: its registry of registered modifiers becomes a mapping that resolves the entry
   points of the group ``llmcompressor.modifiers`` at the first lookup. Registering at import time would be circular:
   ``llmcompressor`` is half imported when it imports torch.
-- ``transformers``: configurations are registered as soon as ``AutoConfig`` exists, and register their models when they are
-  made, which comes before an auto class looks for the model.
+- ``transformers``: configurations are registered as soon as ``AutoConfig`` exists, and register their models when they
+  are made, which comes before an auto class looks for the model.
 """
 
 import importlib

@@ -22,10 +22,11 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.sinks.attention_interface import intercept_attention_interface
 from sinkprune_plugin.sinks.attention_mass import capture_attention_mass
 from sinkprune_plugin.sinks.detection import soft_sink_mask
+from sinkprune_plugin.text_windows import MINIMUM_TOKENS
 
 __all__ = ["SinkObservation", "SinkSettings", "find_spec", "observe_sinks"]
 
-MINIMUM_TOKENS = 8
+
 # Tokens in one forward pass: enough to keep a processor busy, little enough for a large model's activations.
 _TOKENS_PER_PASS = 2048
 
