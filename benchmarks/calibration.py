@@ -36,7 +36,7 @@ from sinkprune_plugin.modifiers.mask_structure import MaskStructure
 from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot, stock_modifier
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
 from sinkprune_plugin.modifiers.wanda.wanda_sparsify import sparsify_weight
-from sinkprune_plugin.sinks import capture_attention_mass, soft_sink_mask
+from sinkprune_plugin.sinks import attention_column_sums, capture_attention_mass, soft_sink_mask
 
 DIFFUSION_STEPS, SAMPLE_INTERVAL, NOISE_EPS = 4, 1, 1e-3
 
@@ -133,8 +133,14 @@ def capture_memory(model: Any, windows: torch.Tensor) -> dict[str, int]:
         with ExplicitAttention():
             model(input_ids=windows[:1])
 
+    query, key = torch.randn(2, 1, 16, 1024, 64).unbind()
     with torch.no_grad():
-        return {"plain": peak_bytes(plain), "capture": peak_bytes(captured), "explicit": peak_bytes(explicit)}
+        return {
+            "plain": peak_bytes(plain),
+            "capture": peak_bytes(captured),
+            "explicit": peak_bytes(explicit),
+            "one layer": peak_bytes(lambda: attention_column_sums(query, key)),
+        }
 
 
 def main() -> None:
@@ -143,7 +149,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=1, help="calibration windows, 4 timesteps each (default 1)")
     options = parser.parse_args()
     logger.remove()
-    console = Console()
+    console = Console(width=110)
 
     config = LLaDAConfig(
         d_model=1024,
@@ -188,14 +194,16 @@ def main() -> None:
         table.add_row(name, *(f"{f(values):.2f}" for f in (statistics.median, min, max)), f"{ratio:.2f}")
     console.print(table)
     console.print(
-        f"extra memory of a pass: capture {extra['capture'] / 2**20:.1f} MiB, explicit attention "
-        f"{extra['explicit'] / 2**20:.1f} MiB, one (B, H, T, T) float32 {attention_bytes / 2**20:.0f} MiB"
+        f"memory of the capture alone, one layer: {memory['one layer'] / 2**20:.1f} MiB, one (B, H, T, T) float32 is "
+        f"{attention_bytes / 2**20:.0f} MiB; added to the peak of a pass: capture {extra['capture'] / 2**20:.1f} MiB, "
+        f"explicit attention {extra['explicit'] / 2**20:.1f} MiB"
     )
     result = {
         "benchmark": "calibration",
         "seconds": seconds,
         "speedup_over_published": round(ratios["published"], 3),
         "speedup_over_stock_wanda": round(ratios["stock Wanda"], 3),
+        "capture_layer_bytes": memory["one layer"],
         "capture_extra_bytes": extra["capture"],
         "explicit_extra_bytes": extra["explicit"],
         "attention_matrix_bytes": attention_bytes,
