@@ -3,9 +3,8 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 from pydantic import ValidationError
 
@@ -30,6 +29,11 @@ DatasetOption = Annotated[
     str | None,
     typer.Option(help="Text file, .jsonl with a text field, or saved dataset; default: the embedded text."),
 ]
+
+
+# The base of typer's errors of use, ClickException. Recent typer carries its own copy of click, so there is no other
+# name for it that is public in all releases: BadParameter ← UsageError ← ClickException.
+_WrongOptions: Any = typer.BadParameter.__mro__[2]
 
 
 def _version(show: bool) -> None:
@@ -142,9 +146,9 @@ def main() -> None:
             raise
         sys.stderr.write(f"sinkprune: {_one_line(error)}\n")
         sys.exit(2)
-    except click.ClickException as error:
+    except _WrongOptions as error:
         sys.stderr.write(f"sinkprune: {error.format_message()}\n")
         sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         sys.stderr.write("sinkprune: interrupted; nothing was written\n")
         sys.exit(130)
