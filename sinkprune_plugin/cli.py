@@ -147,7 +147,9 @@ def main() -> None:
         sys.stderr.write(f"sinkprune: {_one_line(error)}\n")
         sys.exit(2)
     except _WrongOptions as error:
-        sys.stderr.write(f"sinkprune: {error.format_message()}\n")
+        # Without a command typer has printed the help already and raises an error that says nothing.
+        if error.format_message():
+            sys.stderr.write(f"sinkprune: {error.format_message()}\n")
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
         sys.stderr.write("sinkprune: interrupted; nothing was written\n")
