@@ -1,0 +1,1 @@
+"""Sparse checkpoints in the layouts of compressed-tensors: written, read, converted."""
