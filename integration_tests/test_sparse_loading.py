@@ -23,6 +23,7 @@ from transformers import (
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import bitmask, bitmask24
+from sinkprune_plugin.formats.format_names import CheckpointFormat
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
 from sinkprune_plugin.models.dream.configuration_dream import DreamConfig
 from sinkprune_plugin.models.dream.modeling_dream import DreamModel
@@ -249,12 +250,12 @@ def test_tensor_parallel_model_is_refused():
     from sinkprune_plugin.formats.load_context import LoadContext
 
     model = torch.nn.Linear(4, 4)
-    context = LoadContext("sparse-bitmask", CheckpointParts(), torch.float32, {})
+    context = LoadContext(CheckpointFormat.SPARSE_BITMASK, CheckpointParts(), torch.float32, {})
     context.refuse_sharded(model)
     init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         model.weight = torch.nn.Parameter(distribute_tensor(model.weight, init_device_mesh("cpu", (1,))))
-        context = LoadContext("sparse-bitmask", CheckpointParts(), torch.float32, {})
+        context = LoadContext(CheckpointFormat.SPARSE_BITMASK, CheckpointParts(), torch.float32, {})
         with pytest.raises(UsageError, match="tensor parallelism"):
             context.refuse_sharded(model)
     finally:
@@ -323,7 +324,7 @@ def test_hostile_format_is_refused_and_nothing_imported(llama, tmp_path, method,
     _write(llama, tmp_path)
     _edit_config(tmp_path, quantization_config=_quantization_config(name, method))
     before = set(sys.modules)
-    with pytest.raises(UsageError, match="the formats are sparse-bitmask, sparse-24-bitmask, dense"):
+    with pytest.raises(UsageError, match="the formats are dense, sparse-bitmask, sparse-24-bitmask"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not {module for module in set(sys.modules) - before if "antigravity" in module or "evil" in module}
 

@@ -9,16 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.formats.format_names import CheckpointFormat
 
-__all__ = ["PARTS", "CheckpointParts", "dense_name", "scan_parts"]
-
-PARTS = {
-    "sparse-bitmask": ("compressed", "bitmask", "shape", "row_offsets"),
-    "sparse-24-bitmask": ("compressed", "bitmask", "shape"),
-    # Weights as they are. Old releases of llm-compressor write it for every pruned model.
-    "dense": (),
-}
-"""Format → names of the tensors that make up one weight."""
+__all__ = ["CheckpointParts", "dense_name", "scan_parts"]
 
 _MARKERS = ("compressed", "bitmask")
 
@@ -44,16 +37,16 @@ def dense_name(owner: str) -> str:
     return owner if owner.endswith((".weight", ".bias")) else f"{owner}.weight"
 
 
-def scan_parts(files: Iterable[str | Path], sparse_format: str) -> CheckpointParts:
+def scan_parts(files: Iterable[str | Path], sparse_format: CheckpointFormat) -> CheckpointParts:
     """Read the headers of all shards and check that each sparse weight is complete and claimed once.
 
     :param files: the checkpoint's safetensors files
-    :param sparse_format: key of ``PARTS``
+    :param sparse_format: the format its config.json names
     :return: the sparse weights and the plain tensors
     :raises UsageError: naming tensor and file, if a part is missing or a weight is stored twice
     """
     stored = _headers(files)
-    wanted = PARTS[sparse_format]
+    wanted = sparse_format.parts
     owners: dict[str, str] = {}
     parts: set[str] = set()
     for name in stored:

@@ -9,13 +9,14 @@ from transformers.distributed.utils import is_dtensor
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import bitmask, bitmask24
-from sinkprune_plugin.formats.checkpoint_parts import PARTS, CheckpointParts, dense_name
+from sinkprune_plugin.formats.checkpoint_parts import CheckpointParts, dense_name
+from sinkprune_plugin.formats.format_names import CheckpointFormat
 
 __all__ = ["LoadContext"]
 
-_DECOMPRESS: dict[str, Callable[..., torch.Tensor]] = {
-    "sparse-bitmask": bitmask.decompress,
-    "sparse-24-bitmask": bitmask24.decompress,
+_DECOMPRESS: dict[CheckpointFormat, Callable[..., torch.Tensor]] = {
+    CheckpointFormat.SPARSE_BITMASK: bitmask.decompress,
+    CheckpointFormat.SPARSE_24_BITMASK: bitmask24.decompress,
 }
 # Quantized values keep their own dtype: casting int8 or fp8 to the model's dtype would drop their scale.
 _CASTABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -30,14 +31,18 @@ _SAFETENSORS_DTYPES = {
 class LoadContext:
     """What the conversions of one ``from_pretrained`` call share, and what they found wrong.
 
-    :param sparse_format: key of ``PARTS``
+    :param sparse_format: the format its config.json names
     :param parts: the checkpoint's headers
     :param dtype: the model's dtype
     :param dtype_plan: regular expression → dtype, for parameters the model keeps in another one
     """
 
     def __init__(
-        self, sparse_format: str, parts: CheckpointParts, dtype: torch.dtype | None, dtype_plan: Mapping[str, Any]
+        self,
+        sparse_format: CheckpointFormat,
+        parts: CheckpointParts,
+        dtype: torch.dtype | None,
+        dtype_plan: Mapping[str, Any],
     ) -> None:
         self.sparse_format = sparse_format
         self.parts = parts
@@ -90,14 +95,4 @@ class LoadContext:
         """
         file = self._files.get(name)
         where = f"{name} ({file})" if file else name
-        missing = [part for part in PARTS[self.sparse_format] if part not in parts]
-        if missing:
-            raise UsageError(f"{where}: part {missing[0]} is missing; fetch or write the checkpoint again")
-        vector = parts["shape"].numel() == 1
-        if vector:
-            # A bias or norm weight, which compressed-tensors before 0.9 compressed too: taken as a matrix of one row.
-            length = parts["shape"].flatten()
-            parts = {part: tensor.flatten() for part, tensor in parts.items()}
-            parts |= {"shape": torch.cat([torch.ones_like(length), length]), "bitmask": parts["bitmask"].unsqueeze(0)}
-        dense = _DECOMPRESS[self.sparse_format](parts, name=where)
-        return self.cast(dense.flatten() if vector else dense, name, model)
+        return self.cast(_DECOMPRESS[self.sparse_format](parts, name=where), name, model)

@@ -20,21 +20,18 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils import quantization_config as stock
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.formats.checkpoint_parts import PARTS, scan_parts
+from sinkprune_plugin.formats.checkpoint_parts import scan_parts
+from sinkprune_plugin.formats.format_names import LEGACY_METHOD, QUANT_METHOD, CheckpointFormat, parse_format
 from sinkprune_plugin.formats.load_context import LoadContext
 from sinkprune_plugin.formats.weight_conversion import add_sparse_conversions
 
 __all__ = [
-    "LEGACY_METHOD",
-    "QUANT_METHOD",
     "CompressedTensorsConfig",
     "SparseHfQuantizer",
     "SparseQuantizedHfQuantizer",
     "register_quantizers",
 ]
 
-QUANT_METHOD = "compressed-tensors-sparse"
-LEGACY_METHOD = "compressed-tensors"
 # Never in a file: only tells transformers' registry which of the two quantizers takes a parsed config.
 _STACKED_METHOD = "compressed-tensors-sparse-quantized"
 
@@ -45,7 +42,7 @@ class CompressedTensorsConfig(stock.CompressedTensorsConfig):
     It bears transformers' own name for the class because ``from_pretrained(quantization_config=…)``, which
     llm-compressor uses on every ``compressed-tensors`` checkpoint, compares the names of the classes.
 
-    :param sparsity_config: its ``format`` must be a key of ``PARTS``
+    :param sparsity_config: its ``format`` must be one of ``CheckpointFormat``
     :param options: a stacked quantization, as transformers' class takes it
     :raises UsageError: if the format is unknown or the checkpoint can't be loaded correctly
     """
@@ -82,7 +79,7 @@ class _CompressedTensorsDispatch(stock.CompressedTensorsConfig):
         inner = config_dict.get("quantization_config", config_dict)
         sparsity = inner.get("sparsity_config")
         # Without quantization, the format "dense" is ours too: transformers by itself fails on it.
-        dense = isinstance(sparsity, dict) and sparsity.get("format") == "dense"
+        dense = isinstance(sparsity, dict) and sparsity.get("format") == CheckpointFormat.DENSE
         if not sparsity or (dense and _is_quantized(inner)):
             return cls.previous.from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
         return CompressedTensorsConfig.from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
@@ -204,20 +201,14 @@ def _is_quantized(config: dict[str, Any]) -> bool:
     return bool(config.get("config_groups") or config.get("kv_cache_scheme"))
 
 
-def _sparse_format(sparsity_config: Any) -> str:
+def _sparse_format(sparsity_config: Any) -> CheckpointFormat:
     """The format named in a ``sparsity_config``; compared, never looked up, so that no text from a file is imported."""
     if not isinstance(sparsity_config, dict):
         raise UsageError(
             f'quant_method "{QUANT_METHOD}" needs a sparsity_config with a format beside it in config.json; '
             f"found {type(sparsity_config).__name__}"
         )
-    name = sparsity_config.get("format")
-    for known in PARTS:
-        if name == known:
-            return known
-    raise UsageError(
-        f"sparsity_config.format is {str(name)[:80]!r}; the formats are {', '.join(PARTS)}: fix config.json"
-    )
+    return parse_format(sparsity_config.get("format"), "sparsity_config.format of config.json")
 
 
 def _accept_oldest_layout(get_hf_quantizer: Callable[..., Any]) -> Callable[..., Any]:

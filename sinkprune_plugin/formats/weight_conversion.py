@@ -12,7 +12,6 @@ import torch
 from transformers.core_model_loading import ConversionOps, SkipParameters, WeightConverter
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.formats.checkpoint_parts import PARTS
 from sinkprune_plugin.formats.load_context import LoadContext
 
 __all__ = ["add_sparse_conversions"]
@@ -72,7 +71,7 @@ class DecompressWeight(ConversionOps):
         **_kwargs: Any,
     ) -> dict[str, Any]:
         """See the base class; a bad weight is noted in the context and left out, hence never loaded."""
-        wanted = PARTS[self.context.sparse_format]
+        wanted = self.context.sparse_format.parts
         parts = {
             part: input_dict[pattern][0]
             for part, pattern in zip(wanted, source_patterns, strict=True)
@@ -90,7 +89,7 @@ class DecompressWeight(ConversionOps):
 class DecompressGroups(ConversionOps):
     """As :class:`DecompressWeight`, for the several weights that a model's own conversion merges (experts, fused QKV).
 
-    :param stems: source pattern of a dense weight → patterns of its parts, in the order of ``PARTS``
+    :param stems: source pattern of a dense weight → patterns of its parts, in the order of the format's
     """
 
     def __init__(self, context: LoadContext, stems: dict[str, list[str]]) -> None:
@@ -108,7 +107,7 @@ class DecompressGroups(ConversionOps):
         **_kwargs: Any,
     ) -> dict[str, Any]:
         """See the base class."""
-        wanted = PARTS[self.context.sparse_format]
+        wanted = self.context.sparse_format.parts
         for dense, patterns in self.stems.items():
             groups = [input_dict.pop(pattern, []) for pattern in patterns]
             if not any(groups):
@@ -177,7 +176,7 @@ def add_sparse_conversions(
         if rewritten is not conversion:
             originals[id(rewritten)] = conversion
         loading.append(rewritten)
-    wanted = PARTS[context.sparse_format]
+    wanted = context.sparse_format.parts
     added: list[WeightConverter] = []
     if wanted:
         # Full names first: their prefix ends in .weight already and must not get another.
@@ -200,7 +199,7 @@ def _rewrite(conversion: WeightConverter, context: LoadContext) -> WeightConvert
             sources.append(pattern)
             continue
         dense = f"{stem}.weight$"
-        stems[dense] = [rf"{stem}\.{part}$" for part in PARTS[context.sparse_format]]
+        stems[dense] = [rf"{stem}\.{part}$" for part in context.sparse_format.parts]
         sources += [dense, *stems[dense]]
     operations = list(conversion.operations)
     if stems:
