@@ -76,9 +76,21 @@ def _register_configs(_module: ModuleType) -> None:
     importlib.import_module("sinkprune_plugin.models").register_configs()
 
 
+def _register_quantizers(_module: ModuleType) -> None:
+    importlib.import_module("sinkprune_plugin.formats.transformers_quantizer").register_quantizers()
+
+
+def _admit_sparse_models(module: ModuleType) -> None:
+    importlib.import_module("sinkprune_plugin.formats.oneshot_admission").admit_sparse_models(module)
+
+
 _ON_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "llmcompressor.modifiers.factory": _fill_factory,
     "transformers.models.auto.configuration_auto": _register_configs,
+    # The second one for a process whose first import of torch happens within the first one.
+    "transformers.quantizers.auto": _register_quantizers,
+    "transformers.modeling_utils": _register_quantizers,
+    "llmcompressor.entrypoints.oneshot": _admit_sparse_models,
 }
 
 
