@@ -13,6 +13,7 @@ import torch
 
 __all__ = [
     "bit_counts",
+    "count_nonzeros",
     "integer_view",
     "look_up",
     "nonzero_bits",
@@ -62,9 +63,13 @@ def pack(mask: torch.Tensor) -> torch.Tensor:
     """
     if mask.device.type == "cpu":
         return torch.from_numpy(np.packbits(mask.numpy(), axis=-1, bitorder="little"))
+    return _pack_on_device(mask)
+
+
+def _pack_on_device(mask: torch.Tensor) -> torch.Tensor:
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8))
-    weights = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (padded.view(mask.shape[0], -1, 8) * weights).sum(dim=-1, dtype=torch.uint8)
+    places = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (padded.view(mask.shape[0], -1, 8) * places).sum(dim=-1, dtype=torch.uint8)
 
 
 def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
@@ -75,11 +80,15 @@ def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
     :return: (R, C) bool
     """
     if packed.device.type == "cpu":
-        bits = np.unpackbits(packed.numpy(), axis=-1, count=columns, bitorder="little")
-        return torch.from_numpy(bits).view(torch.bool)
+        each = np.unpackbits(packed.numpy(), axis=-1, count=columns, bitorder="little")
+        return torch.from_numpy(each).view(torch.bool)
+    return _unpack_on_device(packed, columns)
+
+
+def _unpack_on_device(packed: torch.Tensor, columns: int) -> torch.Tensor:
     places = torch.arange(8, dtype=torch.uint8, device=packed.device)
     each = (packed.unsqueeze(-1) >> places) & 1
-    return each.view(packed.shape[0], -1)[:, :columns].contiguous().view(torch.bool)
+    return each.flatten(1)[:, :columns].bool()
 
 
 def set_positions(mask: torch.Tensor) -> torch.Tensor:
@@ -117,13 +126,16 @@ def nonzero_bits(weight: torch.Tensor) -> torch.Tensor:
     :param weight: (R, C), contiguous, floating or int8
     :return: (R, ceil(C / 8)) uint8
     """
-    # Comparing bit patterns, the sign bit left out, costs a tenth of comparing half-precision numbers.
-    bits = integer_view(weight)
-    magnitude = torch.iinfo(bits.dtype).max if weight.is_floating_point() else -1
+    bits, magnitude = integer_view(weight), _magnitude(weight)
     packed = torch.zeros(weight.shape[0], -(-weight.shape[1] // 8), dtype=torch.uint8, device=weight.device)
     for start, stop in row_pieces(weight):
         packed[start:stop] = pack((bits[start:stop] & magnitude).bool())
     return packed
+
+
+def _magnitude(values: torch.Tensor) -> int:
+    # Comparing bit patterns, the sign bit left out, costs a tenth of comparing half-precision numbers.
+    return torch.iinfo(_INTEGERS[values.element_size()]).max if values.is_floating_point() else -1
 
 
 def select(weight: torch.Tensor, packed: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -165,3 +177,14 @@ def place(values: torch.Tensor, packed: torch.Tensor, counts: torch.Tensor, colu
         dense[start:stop].view(-1).scatter_(0, positions, source[first:last])
         first = last
     return dense.view(values.dtype)
+
+
+def count_nonzeros(values: torch.Tensor) -> int:
+    """Count the elements that differ from zero, as :func:`nonzero_bits` does.
+
+    :param values: 1-D, contiguous, floating or int8
+    :return: their number
+    """
+    column, magnitude = integer_view(values).unsqueeze(1), _magnitude(values)
+    pieces = row_pieces(column)
+    return sum(int(torch.count_nonzero(column[start:stop] & magnitude)) for start, stop in pieces)

@@ -54,7 +54,7 @@ def require_parts(parts: Mapping[str, torch.Tensor], wanted: Sequence[str], name
         tensor = parts[part]
         dtypes = {"compressed": VALUE_DTYPES, "bitmask": (torch.uint8,)}.get(part, (torch.int64,))
         if tensor.dtype not in dtypes:
-            raise UsageError(f"{name}: {part} is {tensor.dtype}, it must be {_names(dtypes)}; {DAMAGED}")
+            raise UsageError(f"{name}: {part} is {_names([tensor.dtype])}, it must be {_names(dtypes)}; {DAMAGED}")
         if tensor.is_meta:
             raise UsageError(f"{name}: {part} is on the meta device and has no values; load it first")
 

@@ -1,0 +1,113 @@
+"""Where the tensors of a checkpoint to be written come from."""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Protocol
+
+import torch
+
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.formats.safetensors_header import TensorEntry, TensorSpec
+from sinkprune_plugin.formats.shard_reader import read_bytes, read_tensor
+from sinkprune_plugin.formats.shard_writer import spec_of, tensor_bytes, writing
+
+__all__ = ["MemoryTensors", "SpooledTensors", "TensorSource", "spool_directory"]
+
+
+class TensorSource(Protocol):
+    """Dense tensors by name, which can be read more than once."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def spec(self, name: str) -> TensorSpec:
+        """Kind and size of a tensor, without reading it."""
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """The bytes of a tensor in pieces, each valid until the next is asked for."""
+
+    def __getitem__(self, name: str) -> torch.Tensor: ...
+
+
+class MemoryTensors:
+    """Tensors that a mapping holds or makes.
+
+    :param tensors: name → tensor
+    :raises UsageError: for a tensor that can't be saved
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._specs: dict[str, TensorSpec] = {}
+        for name in tensors:
+            _check_name(name)
+            self._specs[name] = spec_of(tensors[name], name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def spec(self, name: str) -> TensorSpec:
+        """See :class:`TensorSource`."""
+        return self._specs[name]
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """See :class:`TensorSource`."""
+        yield tensor_bytes(self._tensors[name])
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
+class SpooledTensors:
+    """Tensors that can be had only once, put aside on disk so that no more than one is in memory.
+
+    :param tensors: (name, tensor) pairs
+    :param directory: where the file lies while it is needed
+    :raises UsageError: for a tensor that can't be saved, two of one name, or a full disk
+    """
+
+    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]], directory: Path) -> None:
+        self._entries: dict[str, TensorEntry] = {}
+        file = directory / "tensors"
+        with file.open("xb", buffering=0) as stream:
+            for name, tensor in tensors:
+                _check_name(name)
+                if name in self._entries:
+                    raise UsageError(f"two tensors are named {name}; give each a name of its own")
+                spec = spec_of(tensor, name)
+                self._entries[name] = TensorEntry(spec.dtype, spec.shape, name, file, stream.tell())
+                with writing(file):
+                    _write_all(stream, tensor_bytes(tensor))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def spec(self, name: str) -> TensorSpec:
+        """See :class:`TensorSource`."""
+        return self._entries[name]
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """See :class:`TensorSource`."""
+        return read_bytes(self._entries[name])
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return read_tensor(self._entries[name])
+
+
+def spool_directory(target: Path) -> "tempfile.TemporaryDirectory[str]":
+    """A hidden directory beside a target, on the same disk, removed at the end.
+
+    :param target: directory to be written
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
+
+
+def _check_name(name: str) -> None:
+    if not name or not name.isprintable():
+        raise UsageError(f"{name[:200]!r} can't be the name of a tensor; rename it")
+
+
+def _write_all(stream: IO[bytes], data: memoryview) -> None:
+    while data:
+        data = data[stream.write(data) :]
