@@ -134,8 +134,7 @@ def select_targets(
             return Selection(CheckpointFormat.DENSE, notes=("no weight has enough zeros; the checkpoint is dense",))
         if not not_24:
             return Selection(CheckpointFormat.SPARSE_24_BITMASK, frozenset(pruned))
-        smaller = sum(_saved_bytes(specs[name], census[name]) for name in pruned) > 0
-        if smaller:
+        if sum(_saved_bytes(specs[name], census[name], CheckpointFormat.SPARSE_BITMASK) for name in pruned) > 0:
             return Selection(CheckpointFormat.SPARSE_BITMASK, frozenset(pruned))
         return Selection(CheckpointFormat.DENSE, notes=("sparse-bitmask would be larger; the checkpoint is dense",))
     if not pruned:
@@ -160,11 +159,14 @@ def _select_quantized(pruned: list[str], not_24: list[str]) -> Selection:
 def _is_pruned(spec: TensorSpec, census: Census) -> bool:
     if _element_size(spec) == 1:
         return census.nonzeros <= (1 - _PRUNED_QUANTIZED) * spec.elements and spec.elements > 0
-    return _saved_bytes(spec, census) > 0
+    fitting = [CheckpointFormat.SPARSE_BITMASK]
+    if census.excess == 0:
+        fitting.append(CheckpointFormat.SPARSE_24_BITMASK)
+    return any(_saved_bytes(spec, census, sparse_format) > 0 for sparse_format in fitting)
 
 
-def _saved_bytes(spec: TensorSpec, census: Census) -> int:
-    parts = part_specs(spec, CheckpointFormat.SPARSE_BITMASK, census.nonzeros)
+def _saved_bytes(spec: TensorSpec, census: Census, sparse_format: CheckpointFormat) -> int:
+    parts = part_specs(spec, sparse_format, census.nonzeros)
     return spec.nbytes - sum(part.nbytes for part in parts.values())
 
 

@@ -12,7 +12,7 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats.safetensors_header import DTYPE_NAMES, TensorSpec, shard_header
 from sinkprune_plugin.formats.shard_reader import SINGLE_NAME
 
-__all__ = ["ShardWriter", "shard_names", "spec_of", "split_into_shards", "tensor_bytes", "writing"]
+__all__ = ["ShardWriter", "shard_names", "spec_of", "split_into_shards", "tensor_bytes", "write_at", "writing"]
 
 
 @contextlib.contextmanager
@@ -50,6 +50,18 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+def write_at(descriptor: int, offset: int, data: memoryview) -> None:
+    """Write all of the data; a single call writes at most 2 GiB.
+
+    :param descriptor: of a file open for writing
+    :param offset: from the start of the file
+    :param data: what to write
+    """
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
+
+
 class ShardWriter:
     """A safetensors file whose layout is known and whose tensors come one by one, in any order.
 
@@ -64,7 +76,7 @@ class ShardWriter:
         header, self._offsets = shard_header(tensors)
         with writing(file):
             self._stream = file.open("xb", buffering=0)
-            self._write(0, memoryview(header))
+            write_at(self._stream.fileno(), 0, memoryview(header))
 
     def write(self, name: str, pieces: Iterable[memoryview]) -> None:
         """Write a tensor.
@@ -76,7 +88,7 @@ class ShardWriter:
         begin = offset = self._offsets[name]
         for piece in pieces:
             with writing(self.file):
-                self._write(offset, piece)
+                write_at(self._stream.fileno(), offset, piece)
             offset += len(piece)
         wanted = self._tensors[name].nbytes
         if offset - begin != wanted:
@@ -84,11 +96,6 @@ class ShardWriter:
                 f"{name} has {offset - begin} bytes and had {wanted} before: it changed meanwhile; try again"
             )
         self._missing.remove(name)
-
-    def _write(self, offset: int, data: memoryview) -> None:
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._stream.fileno(), data[done:], offset + done)
 
     def __enter__(self) -> "ShardWriter":
         return self

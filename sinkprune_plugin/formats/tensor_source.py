@@ -3,14 +3,14 @@
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 import torch
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats.safetensors_header import TensorEntry, TensorSpec
 from sinkprune_plugin.formats.shard_reader import read_bytes, read_tensor
-from sinkprune_plugin.formats.shard_writer import spec_of, tensor_bytes, writing
+from sinkprune_plugin.formats.shard_writer import spec_of, tensor_bytes, write_at, writing
 
 __all__ = ["MemoryTensors", "SpooledTensors", "TensorSource", "spool_directory"]
 
@@ -68,16 +68,17 @@ class SpooledTensors:
 
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]], directory: Path) -> None:
         self._entries: dict[str, TensorEntry] = {}
-        file = directory / "tensors"
+        file, end = directory / "tensors", 0
         with file.open("xb", buffering=0) as stream:
             for name, tensor in tensors:
                 _check_name(name)
                 if name in self._entries:
                     raise UsageError(f"two tensors are named {name}; give each a name of its own")
                 spec = spec_of(tensor, name)
-                self._entries[name] = TensorEntry(spec.dtype, spec.shape, name, file, stream.tell())
+                self._entries[name] = TensorEntry(spec.dtype, spec.shape, name, file, end)
                 with writing(file):
-                    _write_all(stream, tensor_bytes(tensor))
+                    write_at(stream.fileno(), end, tensor_bytes(tensor))
+                end += spec.nbytes
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -106,8 +107,3 @@ def spool_directory(target: Path) -> "tempfile.TemporaryDirectory[str]":
 def _check_name(name: str) -> None:
     if not name or not name.isprintable():
         raise UsageError(f"{name[:200]!r} can't be the name of a tensor; rename it")
-
-
-def _write_all(stream: IO[bytes], data: memoryview) -> None:
-    while data:
-        data = data[stream.write(data) :]
