@@ -115,7 +115,11 @@ def decompress(parts: Mapping[str, torch.Tensor], *, name: str = "weight") -> to
     wrong = _groups_without_two(packed, columns)
     if wrong:
         raise UsageError(f"{name}: {wrong} groups of 4 in bitmask don't have exactly 2 bits set; {DAMAGED}")
-    return bits.place(compressed.reshape(-1), packed, bits.bit_counts(packed), columns)
+    if columns % 4:
+        counts = bits.bit_counts(packed)
+    else:
+        counts = torch.full((rows,), columns // 2, device=packed.device)
+    return bits.place(compressed.reshape(-1), packed, counts, columns)
 
 
 def _groups_without_two(packed: torch.Tensor, columns: int) -> int:

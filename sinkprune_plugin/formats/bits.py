@@ -23,6 +23,7 @@ __all__ = [
     "select",
     "set_positions",
     "unpack",
+    "zeros",
 ]
 
 # Positions take 8 bytes per set bit: pieces of this size, their mask and their positions fit in a second-level cache.
@@ -32,6 +33,20 @@ _PIECE_DEVICE = 1 << 25
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 _POPCOUNT = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8)
+
+
+def zeros(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A result's memory.
+
+    :param count: number of elements
+    :param dtype: a signed integer
+    :param device: where
+    :return: (count,) zeros
+    """
+    if device.type == "cpu" and count:
+        # numpy asks the system for large pages. Touching fresh small ones costs as much as all the work on the bits.
+        return torch.from_numpy(np.zeros(count, dtype=f"i{dtype.itemsize}"))
+    return torch.zeros(count, dtype=dtype, device=device)
 
 
 def row_pieces(matrix: torch.Tensor) -> Iterator[tuple[int, int]]:
@@ -148,7 +163,7 @@ def select(weight: torch.Tensor, packed: torch.Tensor, counts: torch.Tensor) -> 
     """
     dense = integer_view(weight)
     ends = counts.cumsum(0)
-    values = torch.empty(int(ends[-1]) if len(ends) else 0, dtype=dense.dtype, device=weight.device)
+    values = zeros(int(ends[-1]) if len(ends) else 0, dense.dtype, dense.device)
     first = 0
     for start, stop in row_pieces(weight):
         last = int(ends[stop - 1])
@@ -168,7 +183,7 @@ def place(values: torch.Tensor, packed: torch.Tensor, counts: torch.Tensor, colu
     :return: (R, C) in the values' dtype
     """
     source = integer_view(values)
-    dense = torch.zeros(packed.shape[0], columns, dtype=source.dtype, device=values.device)
+    dense = zeros(packed.shape[0] * columns, source.dtype, source.device).view(packed.shape[0], columns)
     ends = counts.cumsum(0)
     first = 0
     for start, stop in row_pieces(dense):

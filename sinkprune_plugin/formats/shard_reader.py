@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.formats.bits import zeros
 from sinkprune_plugin.formats.safetensors_header import TORCH_DTYPES, TensorEntry, read_header
 
 __all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_NAME", "read_bytes", "read_entries", "read_json", "read_tensor"]
@@ -106,8 +107,8 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
     dtype = TORCH_DTYPES.get(entry.dtype)
     if dtype is None:
         raise UsageError(f"{entry.name} in {entry.file} is {entry.dtype}, which torch can't hold; leave it out")
-    data = torch.empty(entry.nbytes, dtype=torch.uint8)
-    _read_into(data.numpy().data, entry, 0)
+    data = zeros(entry.nbytes, torch.int8, torch.device("cpu"))
+    _read_into(data.view(torch.uint8).numpy().data, entry, 0)
     return data.view(dtype).view(entry.shape)
 
 
