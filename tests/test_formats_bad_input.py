@@ -258,6 +258,14 @@ def test_disk_full(tmp_path, monkeypatch, written, form):
     assert list(tmp_path.iterdir()) == [source]
 
 
+@pytest.mark.parametrize("spooled", [False, True])
+def test_a_place_where_nothing_can_be_written(tmp_path, spooled):
+    (tmp_path / "file").write_text("")
+    tensors = iter(model().items()) if spooled else model()
+    with pytest.raises(UsageError, match="out can't be written: "):
+        save_sparse_checkpoint(tensors, tmp_path / "file" / "out")
+
+
 def test_disk_too_full_is_known_beforehand(tmp_path, monkeypatch):
     from sinkprune_plugin import outputs
 

@@ -87,7 +87,7 @@ def write_checkpoint(
     sparsity = _global_sparsity(specs, census) if sparse_wanted else None
     config = _config(request, selection, specs, sparsity or 0.0)
     check_output(request.directory, overwrite=request.overwrite, needed_bytes=sum(sizes))
-    with new_directory(request.directory, overwrite=request.overwrite) as directory:
+    with writing(request.directory), new_directory(request.directory, overwrite=request.overwrite) as directory:
         if request.source is not None:
             copy_other_files(request.source, directory)
         _write_shards(directory, tensors, stored, shards, selection, request)

@@ -17,16 +17,16 @@ __all__ = ["ShardWriter", "shard_names", "spec_of", "split_into_shards", "tensor
 
 @contextlib.contextmanager
 def writing(file: Path) -> Iterator[None]:
-    """Say in one line what went wrong with a file that is being written.
+    """Say in one line what went wrong with a file or directory that is being written.
 
-    :param file: the file
+    :param file: its path
     :raises UsageError: for a full disk and the like
     """
     try:
         yield
     except OSError as error:
         raise UsageError(
-            f"{file.name} can't be written: {error.strerror}; choose another place or free space"
+            f"{file.name} can't be written: {error.strerror or error}; choose another place or free space"
         ) from error
 
 

@@ -100,8 +100,9 @@ def spool_directory(target: Path) -> "tempfile.TemporaryDirectory[str]":
 
     :param target: directory to be written
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
 
 
 def _check_name(name: str) -> None:
