@@ -31,6 +31,8 @@ QUICK = {"diffusion_steps": 4, "sample_interval": 2}
         ({"sparsity": 0.5, "sparsity_profile": "owl"}, "doesn't support `sparsity_profile`.*list with one value"),
         ({"sparsity": 0.5, "timestep_weighting": "cubic"}, "inverse_square"),
         ({"sparsity": 0.5, "no_such_field": 1}, "no_such_field"),
+        ({"sparsity": 0.5, "save_format": "sparse-24-bitmask"}, "needs mask_structure 2:4, not 0:0"),
+        ({"sparsity": 0.5, "save_format": "os:system"}, "sparse-24-bitmask"),
     ],
 )
 def test_fields(cls, fields, message):

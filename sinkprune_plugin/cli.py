@@ -111,6 +111,28 @@ def sinks(
 
 
 @app.command()
+def convert(
+    path: Annotated[Path, typer.Argument(help="Checkpoint directory, dense or sparse.")],
+    to: Annotated[str, typer.Option("--to", help="dense, sparse-bitmask, sparse-24-bitmask or auto.")],
+    output: OutputOption,
+    layout: Annotated[
+        str, typer.Option(help="sinkprune, or legacy for compressed-tensors 0.9 to 0.14 and vLLM up to 0.18.")
+    ] = "sinkprune",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write a checkpoint again in another format, one tensor in memory at a time."""
+    from sinkprune_plugin.formats import convert_checkpoint
+
+    written = convert_checkpoint(path, output, to, layout=layout, overwrite=overwrite)
+    for note in written.notes:
+        typer.echo(note)
+    typer.echo(
+        f"{written.format}: {written.stored_bytes / 1e6:.2f} MB, {written.stored_bytes / written.dense_bytes:.4f} of "
+        f"dense, written to {written.directory}"
+    )
+
+
+@app.command()
 def info(
     path: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,

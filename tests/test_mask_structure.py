@@ -44,6 +44,13 @@ def test_sparsity_may_be_left_out_for_n_of_m_only():
         resolve_sparsity([], parse_mask_structure("0:0"))
 
 
+@pytest.mark.parametrize(
+    ("text", "fits"), [("2:4", True), ("3:4", True), ("1:2", True), ("1:4", False), ("4:8", False), ("0:0", False)]
+)
+def test_which_structures_fit_the_2_of_4_format(text, fits):
+    assert parse_mask_structure(text).implies_2_of_4 == fits
+
+
 def test_refuses_columns_that_are_no_multiple():
     with pytest.raises(UsageError, match=r"proj has 10 input columns.*groups of 4"):
         MaskStructure(2, 4).check_columns("proj", 10)

@@ -29,6 +29,7 @@ from sinkprune_plugin.modifiers.calibration import (
 )
 from sinkprune_plugin.modifiers.input_observer import InputObserver
 from sinkprune_plugin.modifiers.mask_structure import MaskStructure, parse_mask_structure, resolve_sparsity
+from sinkprune_plugin.modifiers.saving import choose_save_format
 from sinkprune_plugin.modifiers.targets import PruningTarget, resolve_targets
 from sinkprune_plugin.sinks import capture_attention_mass, soft_sink_mask, transient_sink_mask
 
@@ -68,7 +69,8 @@ class SinkAwareModifierBase(Modifier):
     :param timestep_weighting: weight of a timestep's rows in sums of squares: 1, 1/t or 1/t²
     :param mask_token_id: mask token, where neither config nor family tells it
     :param seed: seed of the corruption
-    :param save_format: what is written on saving: plain dense weights
+    :param save_format: what ``save_pretrained`` writes from now on: ``auto`` takes sparse-24-bitmask where every target
+        is 2:4, else sparse-bitmask where that is smaller, else dense
     """
 
     # Left out of saved recipes: it tells the pipeline something, not the user.
@@ -88,7 +90,7 @@ class SinkAwareModifierBase(Modifier):
     timestep_weighting: Literal["uniform", "inverse", "inverse_square"] = "uniform"
     mask_token_id: int | None = None
     seed: int = 0
-    save_format: Literal["auto", "dense"] = "auto"
+    save_format: Literal["auto", "dense", "sparse-bitmask", "sparse-24-bitmask"] = "auto"
 
     _structure: MaskStructure = PrivateAttr()
     _grid: tuple[float, ...] = PrivateAttr()
@@ -119,6 +121,11 @@ class SinkAwareModifierBase(Modifier):
         # Plain assignment would run validation again.
         self.__dict__["sparsity"] = resolve_sparsity(self.sparsity, self._structure)
         self._grid = timestep_grid(self.diffusion_steps, self.sample_interval)
+        if self.save_format == "sparse-24-bitmask" and not self._structure.implies_2_of_4:
+            raise UsageError(
+                f"save_format sparse-24-bitmask needs mask_structure 2:4, not {self._structure}; use "
+                "`save_format: auto` or sparse-bitmask"
+            )
         return self
 
     # ---- lifecycle
@@ -175,8 +182,8 @@ class SinkAwareModifierBase(Modifier):
         self._log_summary(time.monotonic() - started)
         self._batches = []
 
-    def on_finalize(self, state: State, **_kwargs: Any) -> bool:  # noqa: ARG002
-        """Drop hooks and references.
+    def on_finalize(self, state: State, **_kwargs: Any) -> bool:
+        """Drop hooks and references, and settle what saving the model will write.
 
         :param state: session state
         :return: True
@@ -189,6 +196,7 @@ class SinkAwareModifierBase(Modifier):
                 "oneshot() with the default pipeline"
             )
         self._targets = []
+        choose_save_format(state.model, self.save_format)
         return True
 
     # ---- for the subclasses

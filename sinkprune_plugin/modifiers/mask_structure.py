@@ -29,6 +29,11 @@ class MaskStructure:
         """Whether any weight of an output row may be removed."""
         return self.m == 0
 
+    @property
+    def implies_2_of_4(self) -> bool:
+        """Whether every four consecutive columns are left with at most two weights: 2:4, 3:4 and 1:2."""
+        return self.m in (2, 4) and 2 * self.n >= self.m
+
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
 

@@ -1,0 +1,86 @@
+"""What ``oneshot(output_dir=…)`` and ``model.save_pretrained(…)`` write for a pruned model."""
+
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from compressed_tensors.distributed import is_source_process
+from loguru import logger
+
+from sinkprune_plugin.errors import UsageError
+
+__all__ = ["choose_save_format"]
+
+# Files of an earlier save that would contradict the new weights.
+STALE = ("model*.safetensors", "model.safetensors.index.json")
+
+
+class _SaveFormat:
+    """The save_pretrained of one model: whatever stood there before, then conversion into the chosen format.
+
+    :param original: the model's own ``save_pretrained``, with llm-compressor's wrapper around it inside oneshot()
+    :param save_format: ``auto``, ``sparse-bitmask`` or ``sparse-24-bitmask``; ``dense`` only calls the original
+    """
+
+    # llm-compressor asks for this mark before it wraps a model's save_pretrained, which it has done already.
+    _overridden = True
+
+    def __init__(self, original: Callable[..., Any], save_format: str) -> None:
+        functools.update_wrapper(self, original)
+        self.original = original
+        self.save_format = save_format
+
+    def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Save the model.
+
+        :param save_directory: directory to write into; files of other names in it stay
+        :param args: as of the original
+        :param kwargs: as of the original; ``save_compressed=False`` writes dense weights
+        :return: what the original returns
+        :raises UsageError: if the weights don't fit the format, or the result is to be pushed to a hub
+        """
+        if self.save_format == "dense" or not kwargs.get("save_compressed", True):
+            return self.original(save_directory, *args, **kwargs)
+        if kwargs.get("push_to_hub"):
+            raise UsageError(
+                f"save_format {self.save_format} can't be pushed to a hub while saving; save, then upload the directory"
+            )
+        from sinkprune_plugin.formats import convert_checkpoint
+
+        target = Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
+        # Beside the target, so that the finished files only have to be renamed.
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            dense, sparse = Path(folder, "dense"), Path(folder, "sparse")
+            result = self.original(str(dense), *args, **kwargs)
+            if is_source_process():
+                converted = convert_checkpoint(dense, sparse, self.save_format, progress=False)
+                for note in converted.notes:
+                    logger.info(note)
+                _replace_files(sparse, target)
+        return result
+
+
+def _replace_files(source: Path, target: Path) -> None:
+    new = {file.name for file in source.iterdir()}
+    for pattern in STALE:
+        for file in target.glob(pattern):
+            if file.name not in new:
+                file.unlink()
+    for file in source.iterdir():
+        file.replace(target / file.name)
+
+
+def choose_save_format(model: Any, save_format: str) -> None:
+    """Make ``model.save_pretrained`` write the given format from now on; the latest choice counts.
+
+    :param model: pruned model
+    :param save_format: ``auto``, ``dense``, ``sparse-bitmask`` or ``sparse-24-bitmask``
+    """
+    current = model.save_pretrained
+    if isinstance(current, _SaveFormat):
+        current.save_format = save_format
+    elif save_format != "dense":
+        model.save_pretrained = _SaveFormat(current, save_format)
