@@ -11,6 +11,7 @@ from golden_data import RECIPES
 from safetensors.torch import load_file, save_file
 
 from sinkprune_plugin import __version__
+from sinkprune_plugin.formats import load_sparse_checkpoint
 from sinkprune_plugin.loading import EMBEDDED_MODEL
 
 SINKPRUNE = Path(sys.executable).with_name("sinkprune")
@@ -67,7 +68,7 @@ def pruned(tmp_path_factory):
 def test_prune_writes_a_whole_checkpoint_with_its_provenance(pruned):
     names = {path.name for path in pruned.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "recipe.yaml", "generation_config.json"} <= names
-    weight = load_file(pruned / "model.safetensors")["model.transformer.blocks.3.up_proj.weight"]
+    weight = load_sparse_checkpoint(pruned)["model.transformer.blocks.3.up_proj.weight"]
     assert ((weight.reshape(-1, 4) == 0).sum(-1) == 2).all()
     record = json.loads((pruned / "sinkprune_provenance.json").read_text())
     assert record["versions"]["sinkprune-plugin"] == __version__

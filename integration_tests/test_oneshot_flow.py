@@ -9,9 +9,9 @@ import torch
 import yaml
 from golden_data import RECIPES
 from llmcompressor import oneshot
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from sinkprune_plugin.formats import load_sparse_checkpoint
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
 from sinkprune_plugin.modifiers.oneshot_flow import calibration_dataset, run_oneshot
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
@@ -62,7 +62,7 @@ def test_every_recipe_in_a_script_that_imports_nothing_of_ours(recipe, tmp_path,
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    tensors = load_file(output / "model.safetensors")
+    tensors = load_sparse_checkpoint(output)
     pruned = {k: v for k, v in tensors.items() if ".blocks." in k and v.dim() == 2 and not k.endswith("weight_scale")}
     assert len(pruned) == 42
     for name, weight in pruned.items():
@@ -72,7 +72,12 @@ def test_every_recipe_in_a_script_that_imports_nothing_of_ours(recipe, tmp_path,
             assert follows(weight, 2, 4), name
     assert int((tensors["model.transformer.ff_out.weight"] == 0).sum()) == 0
     config = json.loads((output / "config.json").read_text())
-    assert ("quantization_config" in config) == ("fp8" in recipe)
+    expected = "sparse-24-bitmask" if "2of4" in recipe or "fp8" in recipe else "sparse-bitmask"
+    assert config["quantization_config"]["sparsity_config"]["format"] == expected
+    assert ("config_groups" in config["quantization_config"]) == ("fp8" in recipe)
+    assert {name.removesuffix(".weight") for name in tensors.sparse_names} == {
+        name.removesuffix(".weight") for name in pruned
+    }
     # The saved recipe says the same as the one that went in, and can be used again.
     saved = yaml.safe_load((output / "recipe.yaml").read_text())
     given = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
