@@ -46,6 +46,7 @@ quality: setup-core  ## ruff and mypy, as in .pre-commit-config.yaml
 
 bench: setup-core  ## the benchmarks; each prints a table and ends in one JSON line
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/checkpoint.py
 
 clean:
 	rm -rf $(VENV) $(DEMO_OUTPUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from sinkprune_plugin.diffusion import elbo_perplexity
+from sinkprune_plugin.formats import load_sparse_checkpoint
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 from sinkprune_plugin.outputs import check_output, new_directory
 from sinkprune_plugin.provenance import write_provenance
@@ -35,6 +37,8 @@ class DemoRow:
     :param perplexity: Monte-Carlo ELBO perplexity on the embedded test text
     :param standard_error: its standard error
     :param seconds: wall time of oneshot()
+    :param format: how the weights were saved
+    :param file_bytes: size of the saved weights
     """
 
     method: str
@@ -42,6 +46,8 @@ class DemoRow:
     perplexity: float
     standard_error: float
     seconds: float
+    format: str
+    file_bytes: int
 
 
 def run_demo(output: Path, *, sparsity: float = 0.5, seed: int = 0, overwrite: bool = False) -> list[DemoRow]:
@@ -65,7 +71,7 @@ def run_demo(output: Path, *, sparsity: float = 0.5, seed: int = 0, overwrite: b
     test = token_windows(read_documents(embedded_text("test")), tokenizer, SEQ_LEN, TEST_WINDOWS, seed=seed)
 
     with new_directory(output, overwrite=overwrite) as directory:
-        rows = [_row("dense", load_model(EMBEDDED_MODEL, torch.float32), test, 0.0, seed)]
+        rows = [_row("dense", EMBEDDED_MODEL, test, 0.0, seed)]
         for method, make_modifier in _methods(sparsity, seed).items():
             console.print(f"[bold]{method}[/bold]: pruning the embedded model with oneshot()")
             model = load_model(EMBEDDED_MODEL, torch.float32)
@@ -73,10 +79,12 @@ def run_demo(output: Path, *, sparsity: float = 0.5, seed: int = 0, overwrite: b
             run_oneshot(model, tokenizer, make_modifier(), calibration)
             seconds = time.monotonic() - started
             saved = directory / method
+            # In the precision it came in, so that sizes compare; the reload below measures what that costs.
+            model.to(torch.bfloat16)
             model.save_pretrained(str(saved))
             tokenizer.save_pretrained(str(saved))
-            # The number in the table is that of the checkpoint on disk, not of the model in memory.
-            rows.append(_row(method, load_model(saved, torch.float32), test, seconds, seed))
+            # The numbers in the table are those of the checkpoint on disk, not of the model in memory.
+            rows.append(_row(method, saved, test, seconds, seed))
         dense = load_model(EMBEDDED_MODEL, torch.float32)
         sink_report(dense, tokenizer, calibration[:4], directory / "sinks", seed=seed)
         table = json.dumps([asdict(row) for row in rows], indent=2)
@@ -101,28 +109,43 @@ def _methods(sparsity: float, seed: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _row(method: str, model: Any, test: torch.Tensor, seconds: float, seed: int) -> DemoRow:
+def _row(method: str, checkpoint: Path, test: torch.Tensor, seconds: float, seed: int) -> DemoRow:
+    model = load_model(checkpoint, torch.float32)
     estimate = elbo_perplexity(model, test, num_samples=CORRUPTIONS, seed=seed)
     weights = zeros = 0
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and ".blocks." in name:
             weights += module.weight.numel()
             zeros += int((module.weight == 0).sum())
-    return DemoRow(method, zeros / weights, estimate.perplexity, estimate.standard_error, seconds)
+    stored = load_sparse_checkpoint(checkpoint)
+    size = sum(file.stat().st_size for file in stored.files)
+    return DemoRow(
+        method, zeros / weights, estimate.perplexity, estimate.standard_error, seconds, str(stored.format), size
+    )
 
 
 def _print(rows: list[DemoRow], console: Console) -> None:
-    table = Table(title="tiny-llada, ELBO perplexity on the embedded test text", title_justify="left")
-    for heading in ("method", "sparsity", "perplexity", "± s.e.", "change", "seconds"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+    # Eighty columns wide, so that nothing is cut off on a plain terminal or in a log.
+    table = Table(
+        title="tiny-llada, ELBO perplexity (ppl) on the embedded test text",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        collapse_padding=True,
+    )
+    for heading in ("method", "zeros", "ppl", "± s.e.", "change", "sec.", "saved as", "MB"):
+        table.add_column(heading, justify="left" if heading in ("method", "saved as") else "right", no_wrap=True)
     dense = rows[0].perplexity
     for row in rows:
         table.add_row(
             row.method,
-            f"{row.sparsity:.3f}",
+            f"{row.sparsity:.2f}",
             f"{row.perplexity:.2f}",
             f"{row.standard_error:.2f}",
             f"{100 * (row.perplexity / dense - 1):+.1f} %",
             f"{row.seconds:.1f}" if row.seconds else "",
+            row.format,
+            f"{row.file_bytes / 1e6:.2f}",
         )
     console.print(table)
