@@ -1,0 +1,177 @@
+"""vLLM's model state for denoising models: plans each step and hands attention what it must see."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.tasks import GenerationTask
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.states import RequestState
+
+from sinkprune_plugin.diffusion import resolve_diffusion
+from sinkprune_plugin.vllm.logit_shift import BoundaryStates
+from sinkprune_plugin.vllm.request_plan import plan_of
+from sinkprune_plugin.vllm.sampler import DenoisingSampler
+from sinkprune_plugin.vllm.step_plan import SlotTable, StepPlan
+
+__all__ = ["DenoisingModelState"]
+
+
+class DenoisingModelState(ModelState):
+    """State of LLaDA, Dream and the like.
+
+    :param vllm_config: configuration, with a ``diffusion_config``
+    :param model: the vLLM model
+    :param encoder_cache: None, there is no encoder
+    :param device: where the model is
+    """
+
+    # A denoising step samples nothing beyond the canvas.
+    num_new_sampled_tokens_per_step: int = 0
+
+    def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        assert vllm_config.diffusion_config is not None
+        self._canvas_length = vllm_config.diffusion_config.canvas_length
+        self._spec = resolve_diffusion(self.model_config.hf_config)
+        self._slots = SlotTable(self.max_num_reqs, self._canvas_length)
+        self._sampler: DenoisingSampler | None = None
+        self._plan: StepPlan | None = None
+        model_dtype = self.dtype
+        assert isinstance(model_dtype, torch.dtype)
+        self._boundary = (
+            BoundaryStates(self.max_num_reqs, self.inputs_embeds_size, model_dtype, device)
+            if self._spec.logit_shift
+            else None
+        )
+
+    def get_supported_generation_tasks(self) -> tuple[GenerationTask, ...]:
+        """Text generation."""
+        return ("generate",)
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, None]:
+        """Replace vLLM's sampler.
+
+        :param sampler: vLLM's, for its view of the request states
+        :return: ours, and no rejection sampler
+        """
+        self._sampler = DenoisingSampler(sampler.req_states, self._spec.mask_token_id)
+        return self._sampler, None
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        """Take a request in, new or resumed.
+
+        :param req_index: its slot
+        :param new_req_data: the request
+        """
+        options = plan_of(new_req_data.sampling_params, self._canvas_length)
+        self._slots.add(req_index, new_req_data.prompt_len, options)
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:  # noqa: ARG002
+        """Plan the step and narrow the logits to the rows that can be unmasked.
+
+        :param input_batch: the batch
+        :param req_states: not used
+        :return: further arguments of the model's forward
+        """
+        num_reqs = input_batch.num_reqs
+        slots = input_batch.idx_mapping_np[:num_reqs].astype(np.int64)
+        computed = input_batch.num_computed_tokens_np[:num_reqs].astype(np.int64)
+        query = input_batch.num_scheduled_tokens[:num_reqs].astype(np.int64)
+        canvas = np.diff(input_batch.cu_num_logits_np[: num_reqs + 1]).astype(np.int64)
+        self._plan = self._slots.plan(slots, computed, query, canvas)
+        if self._sampler is not None:
+            self._sampler.plan = self._plan
+        self._set_rows(async_tensor_h2d(self._plan.rows, device=self.device))
+        if self._boundary is None:
+            return {}
+        return {"shift": self._boundary.shift(slots, computed, query, canvas)}
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:  # noqa: ARG002
+        """Nothing is planned in a dummy run.
+
+        :param num_reqs: not used
+        :param num_tokens: not used
+        :return: no further arguments
+        """
+        self._plan = None
+        self._set_rows(None)
+        return {}
+
+    def _set_rows(self, rows: torch.Tensor | None) -> None:
+        # Read by the model's compute_logits. setattr: to mypy an attribute of a Module is a tensor or a module.
+        setattr(self.model, "block_rows", rows)  # noqa: B010
+
+    def prepare_inputs_embeds(
+        self,
+        scheduled_encoder_inputs: dict[str, list[int]],  # noqa: ARG002
+        input_batch: InputBatch,  # noqa: ARG002
+        req_states: RequestState,  # noqa: ARG002
+    ) -> torch.Tensor | None:
+        """Embedding is the model's own business.
+
+        :param scheduled_encoder_inputs: not used
+        :param input_batch: not used
+        :param req_states: not used
+        """
+        return None
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[list[Any]],
+        kv_cache_config: Any,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+        model_specific_attn_metadata: Any = None,  # noqa: ARG002
+    ) -> dict[str, Any]:
+        """Attention in both directions; for cache ``dual`` also over the kept positions behind the block.
+
+        :param input_batch: the batch
+        :param cudagraph_mode: never FULL, see the config hook
+        :param block_tables: pages of each request
+        :param slot_mappings: where keys and values are written
+        :param attn_groups: layers by kind of cache
+        :param kv_cache_config: the cache
+        :param for_capture: whether a graph is being captured
+        :param ubatch_idx: always 0
+        :param model_specific_attn_metadata: not used
+        :return: metadata by layer
+        """
+        assert cudagraph_mode != CUDAGraphMode.FULL
+        assert ubatch_idx == 0
+        num_reqs = input_batch.num_reqs
+        seq_lens, upper_bound = input_batch.seq_lens, input_batch.seq_lens_cpu_upper_bound
+        if not for_capture and self._plan is not None and self._plan.hidden_suffix.any():
+            suffix = self._plan.hidden_suffix
+            seq_lens = seq_lens.clone()
+            seq_lens[:num_reqs] += async_tensor_h2d(suffix, device=self.device)
+            upper_bound = upper_bound.clone()
+            upper_bound[:num_reqs] += torch.from_numpy(suffix)
+        return build_attn_metadata(
+            attn_groups=attn_groups,
+            num_reqs=num_reqs,
+            num_tokens=input_batch.num_tokens,
+            query_start_loc_gpu=input_batch.query_start_loc[: num_reqs + 1],
+            query_start_loc_cpu=torch.from_numpy(input_batch.query_start_loc_np[: num_reqs + 1]),
+            max_query_len=int(input_batch.num_scheduled_tokens.max()),
+            seq_lens=seq_lens,
+            max_seq_len=self.max_model_len if for_capture else int(upper_bound[:num_reqs].max()),
+            block_tables=block_tables,
+            slot_mappings=slot_mappings,
+            kv_cache_config=kv_cache_config,
+            seq_lens_cpu_upper_bound=upper_bound,
+            positions=input_batch.positions,
+            for_cudagraph_capture=for_capture,
+            causal=False,
+        )

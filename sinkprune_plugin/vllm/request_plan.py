@@ -1,0 +1,38 @@
+"""The options of one request as they travel from the front end to scheduler and worker."""
+
+from dataclasses import asdict
+from typing import Any
+
+from sinkprune_plugin.sampling.options import SamplingOptions
+
+__all__ = ["PLAN_KEY", "attach_plan", "plan_of"]
+
+# Key of the resolved options in ``SamplingParams.extra_args``. Not one of the ``dlm_`` options: a client can't send it,
+# the front end refuses keys it doesn't know.
+PLAN_KEY = "sinkprune_plan"
+# A request that never passed the front end, as those vLLM warms up with, is given blocks of this many tokens.
+WARMUP_BLOCK = 32
+
+
+def attach_plan(params: Any, options: SamplingOptions) -> None:
+    """Put resolved options into a request, as plain values that survive serialisation.
+
+    :param params: the request's own ``SamplingParams``; its ``extra_args`` are replaced
+    :param options: validated options
+    """
+    params.extra_args = {PLAN_KEY: asdict(options)}
+
+
+def plan_of(params: Any, canvas_length: int) -> SamplingOptions:
+    """Read the options of a request back.
+
+    :param params: ``SamplingParams`` that went through :func:`attach_plan`, or those of a warm-up request
+    :param canvas_length: longest generation served, which warm-up requests are planned with
+    :return: the options; ``seed`` is that of the request, since each sample of one prompt has its own
+    """
+    stored = (getattr(params, "extra_args", None) or {}).get(PLAN_KEY)
+    if stored is None:
+        return SamplingOptions.resolve(gen_length=canvas_length, block_length=min(WARMUP_BLOCK, canvas_length))
+    if params.seed is not None:
+        stored = {**stored, "seed": params.seed}
+    return SamplingOptions(**stored)
