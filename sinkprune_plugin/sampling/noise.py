@@ -1,8 +1,9 @@
 """Uniform noise by counting: a hash of (seed, step, position, column), the same whatever else is in the batch.
 
 Drawn from a generator, a request's noise would depend on its neighbours in the batch and on how the batch was cut. The
-hash is the finaliser of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014),
-once over the key of a row and once over key and column.
+hash is the finaliser of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014):
+once for each number of a row's key, each over the one before, then once over key and column, which makes a row a
+SplitMix64 stream of its own.
 """
 
 import torch
@@ -14,7 +15,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
 _SECOND = 0x94D049BB133111EB - (1 << 64)
 # Numbers of noise held at once, 8 bytes each and a few copies: 64 MiB a copy.
-_CHUNK = 1 << 23
+CHUNK = 1 << 23
 
 
 def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
@@ -38,8 +39,8 @@ def uniform_noise(seed: torch.Tensor, step: torch.Tensor, position: torch.Tensor
     :return: (R, columns) float64, a function of each row's three numbers and the column only
     """
     key = _mix(seed + _GOLDEN)
-    key = _mix(key ^ (step + 1) * _GOLDEN)
-    key = _mix(key ^ (position + 1) * _GOLDEN)
+    key = _mix(key ^ ((step + 1) * _GOLDEN))
+    key = _mix(key ^ ((position + 1) * _GOLDEN))
     column = torch.arange(1, columns + 1, device=seed.device, dtype=torch.int64) * _GOLDEN
     bits = _mix(key[:, None] + column)
     # 52 bits and a half: never 0, never 1, and exact in float64.
@@ -62,7 +63,7 @@ def gumbel_argmax(
     """
     rows, vocabulary = logits.shape
     tokens = logits.argmax(dim=-1)
-    chunk = max(1, _CHUNK // max(vocabulary, 1))
+    chunk = max(1, CHUNK // max(vocabulary, 1))
     for begin in range(0, rows, chunk):
         part = slice(begin, begin + chunk)
         noise = uniform_noise(seed[part], step[part], position[part], vocabulary)

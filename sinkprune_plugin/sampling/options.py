@@ -2,16 +2,20 @@
 
 import difflib
 import math
+import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from sinkprune_plugin.errors import UsageError
 
-__all__ = ["CACHES", "OPTION_NAMES", "REMASKINGS", "SamplingOptions", "parse_options"]
+__all__ = ["CACHES", "OPTION_NAMES", "REMASKINGS", "CacheName", "RemaskingName", "SamplingOptions", "parse_options"]
 
-CACHES = ("none", "prefix", "dual", "commit")
-REMASKINGS = ("low_confidence", "random", "margin", "entropy")
+CacheName = Literal["none", "prefix", "dual", "commit"]
+RemaskingName = Literal["low_confidence", "random", "margin", "entropy"]
+CACHES: tuple[str, ...] = get_args(CacheName)
+REMASKINGS: tuple[str, ...] = get_args(RemaskingName)
 OPTION_NAMES = (
     "dlm_block_length",
     "dlm_steps",
@@ -38,8 +42,8 @@ class SamplingOptions:
     :param temperature: of the Gumbel noise; 0 is greedy
     :param remasking: ``low_confidence``, ``random``, ``margin`` or ``entropy``
     :param threshold: unmask all positions surer than this, instead of a fixed number in each step
-    :param cfg_scale: scale of classifier-free guidance
-    :param seed: of the noise
+    :param cfg_scale: scale of classifier-free guidance; 0 is off
+    :param seed: of the noise, 0 to 2^63 - 1
     :param top_k: 0 for all tokens
     :param top_p: 1 for all tokens
     """
@@ -67,11 +71,14 @@ class SamplingOptions:
     def steps_in_block(self, block: int) -> int:
         """Denoising steps of a block: in proportion to its width, at least one, at most one a token.
 
+        Rounding down where each block ends keeps both bounds by itself, as long as there are at least as many steps
+        as blocks and at most as many as tokens. Equally wide blocks get equally many, as published.
+
         :param block: its number
-        :return: its steps; over all blocks they add up to ``steps`` where all blocks are equally wide
+        :return: its steps; over all blocks they add up to ``steps``
         """
         begin, end = self.blocks[block]
-        return max(1, min(end - begin, end * self.steps // self.gen_length - begin * self.steps // self.gen_length))
+        return end * self.steps // self.gen_length - begin * self.steps // self.gen_length
 
     def tokens_per_step(self, block: int) -> tuple[int, ...]:
         """How many tokens each step of a block unmasks; the first steps take what doesn't divide.
@@ -92,7 +99,14 @@ class SamplingOptions:
         block_length: int | None = None,
         steps: int | None = None,
         gen_length_given: bool = False,
-        **others: Any,
+        cache: str = "none",
+        temperature: float = 0.0,
+        remasking: str = "low_confidence",
+        threshold: float | None = None,
+        cfg_scale: float = 0.0,
+        seed: int = 0,
+        top_k: int = 0,
+        top_p: float = 1.0,
     ) -> "SamplingOptions":
         """Fill in defaults and check everything.
 
@@ -100,66 +114,92 @@ class SamplingOptions:
         :param block_length: default 32, or the whole generation where that is shorter
         :param steps: default one for each token
         :param gen_length_given: whether the length is the user's own choice, which a block length must then divide
-        :param others: further fields
+        :param cache: this and what follows: see :class:`SamplingOptions`
         :return: the options
         :raises UsageError: naming the option by its ``dlm_`` name, its value and the remedy
         """
-        _whole("dlm_gen_length", gen_length, 1)
-        if block_length is None:
-            block_length = min(DEFAULT_BLOCK, gen_length)
-            while gen_length_given and gen_length % block_length:
-                block_length -= 1
-        _whole("dlm_block_length", block_length, 1)
+        gen_length = _whole("dlm_gen_length", gen_length, 1)
+        chosen = block_length is not None
+        block_length = _whole(
+            "dlm_block_length", min(DEFAULT_BLOCK, gen_length) if block_length is None else block_length, 1
+        )
         if block_length > gen_length:
-            raise UsageError(f"dlm_block_length {block_length} is longer than the generation of {gen_length} tokens")
-        if gen_length_given and gen_length % block_length:
+            raise UsageError(
+                f"dlm_block_length {block_length} is longer than the generation of {gen_length} tokens; use at most "
+                f"{gen_length}, or generate more"
+            )
+        if chosen and gen_length_given and gen_length % block_length:
             raise UsageError(
                 f"dlm_block_length {block_length} doesn't divide dlm_gen_length {gen_length}; use a divisor, or leave "
                 "dlm_gen_length out for a shorter last block"
             )
         blocks = math.ceil(gen_length / block_length)
-        steps = gen_length if steps is None else steps
-        _whole("dlm_steps", steps, 1)
+        steps = _whole("dlm_steps", gen_length if steps is None else steps, 1)
         if not blocks <= steps <= gen_length:
-            raise UsageError(f"dlm_steps {steps} isn't within {blocks} (one a block) and {gen_length} (one a token)")
-        if gen_length % block_length == 0 and steps % blocks:
             raise UsageError(
-                f"dlm_steps {steps} isn't a multiple of the {blocks} blocks; use {steps - steps % blocks} or "
-                f"{steps + blocks - steps % blocks}"
+                f"dlm_steps {steps} is out of range; use {blocks} (one a block) to {gen_length} (one a token)"
             )
-        options = cls(gen_length=gen_length, block_length=block_length, steps=steps, **others)
-        options._check()
-        return options
+        if gen_length % block_length == 0 and steps % blocks:
+            below = steps - steps % blocks
+            raise UsageError(
+                f"dlm_steps {steps} isn't a multiple of the {blocks} blocks; use {below} or {below + blocks}"
+            )
+        cfg_scale = _number("dlm_cfg_scale", cfg_scale, 0.0, math.inf)
+        cache = _name("dlm_cache", cache, CACHES)
+        remasking = _name("dlm_remasking", remasking, REMASKINGS)
+        if cfg_scale and cache != "none":
+            raise UsageError(f"dlm_cfg_scale {cfg_scale:g} works without a cache only; use dlm_cache none, not {cache}")
+        if threshold is not None:
+            threshold = _number("dlm_threshold", threshold, 0.0, 1.0, above=True)
+            if remasking == "entropy":
+                raise UsageError(
+                    f"dlm_threshold {threshold:g} is a probability, which entropies aren't compared with; use "
+                    "dlm_remasking low_confidence with it"
+                )
+        return cls(
+            gen_length=gen_length,
+            block_length=block_length,
+            steps=steps,
+            cache=cache,
+            temperature=_number("dlm_temperature", temperature, 0.0, HOTTEST),
+            remasking=remasking,
+            threshold=threshold,
+            cfg_scale=cfg_scale,
+            seed=_whole("dlm_seed", seed, 0, 2**63 - 1),
+            top_k=_whole("top_k", top_k, 0),
+            top_p=_number("top_p", top_p, 0.0, 1.0, above=True),
+        )
 
-    def _check(self) -> None:
-        for name, value, known in (("dlm_cache", self.cache, CACHES), ("dlm_remasking", self.remasking, REMASKINGS)):
-            if value not in known:
-                raise UsageError(f"{name} {value!r} is unknown; use {', '.join(known[:-1])} or {known[-1]}")
-        _number("dlm_temperature", self.temperature, 0.0, HOTTEST)
-        _number("dlm_cfg_scale", self.cfg_scale, 0.0, HOTTEST)
-        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        if self.threshold is not None:
-            _number("dlm_threshold", self.threshold, 0.0, 1.0, open_low=True)
-            if self.remasking == "entropy":
-                raise UsageError("dlm_threshold needs a probability; use dlm_remasking low_confidence with it")
-        _whole("dlm_seed", self.seed, 0, 2**63 - 1)
-        _whole("top_k", self.top_k, 0)
-        if self.cfg_scale and self.cache != "none":
-            raise UsageError(f"dlm_cfg_scale {self.cfg_scale} works with dlm_cache none only, not {self.cache}")
 
-
-def _whole(name: str, value: Any, low: int, high: int = 2**31 - 1) -> None:
+def _whole(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise UsageError(f"{name} {value!r} isn't a whole number")
+        raise UsageError(f"{name} {_shown(value)} isn't a whole number; use one from {low} to {high}")
     if not low <= value <= high:
-        raise UsageError(f"{name} {value} isn't within {low} and {high}")
+        raise UsageError(f"{name} {_shown(value)} is out of range; use a whole number from {low} to {high}")
+    return value
 
 
-def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UsageError(f"{name} {value!r} isn't a finite number")
-    if not low <= value <= high or (open_low and value == low):
-        raise UsageError(f"{name} {value} isn't {'above' if open_low else 'from'} {low:g} and up to {high:g}")
+def _number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> float:
+    allowed = f"{'above' if above else 'from'} {low:g}" + ("" if math.isinf(high) else f" and up to {high:g}")
+    # Compared as it is: an int may be too large for a float. nan and inf fail the comparisons.
+    good = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not good or value == math.inf or (above and value == low):
+        raise UsageError(f"{name} {_shown(value)} is out of range; use a number {allowed}")
+    return float(value)
+
+
+def _name(name: str, value: Any, known: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in known:
+        raise UsageError(f"{name} {_shown(value)} is unknown; use {', '.join(known[:-1])} or {known[-1]}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    # What a client sent may be huge, or hold line breaks; a message is one short line. Python refuses to write out an
+    # int of more than 4300 digits.
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"of {value.bit_length()} bits"
+    return " ".join(reprlib.repr(value).split())
 
 
 _WHOLE = ("dlm_block_length", "dlm_steps", "dlm_gen_length", "dlm_seed")
@@ -178,9 +218,9 @@ def parse_options(given: Mapping[str, Any], *, max_tokens: int, top_k: int = 0, 
     """
     for name in given:
         if name not in OPTION_NAMES:
-            near = difflib.get_close_matches(name, OPTION_NAMES, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(OPTION_NAMES)}"
-            raise UsageError(f"unknown option {name!r}; {hint}")
+            near = difflib.get_close_matches(str(name)[:100], OPTION_NAMES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(OPTION_NAMES)}"
+            raise UsageError(f"unknown option {_shown(name)}; {hint}")
     values = {name.removeprefix("dlm_"): _read(name, value) for name, value in given.items() if value is not None}
     length = values.pop("gen_length", None)
     return SamplingOptions.resolve(
@@ -195,7 +235,14 @@ def parse_options(given: Mapping[str, Any], *, max_tokens: int, top_k: int = 0, 
 def _read(name: str, value: Any) -> Any:
     if not isinstance(value, str) or name not in _WHOLE + _REAL:
         return value
-    try:
-        return int(value) if name in _WHOLE else float(value)
-    except ValueError:
-        raise UsageError(f"{name} {value!r} isn't a {'whole ' if name in _WHOLE else ''}number") from None
+    # Plain decimal notation only: int and float also take underscores, spaces, digits of other scripts and nan.
+    pattern = (
+        r"[+-]?[0-9]{1,20}"
+        if name in _WHOLE
+        else r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,3})?"
+    )
+    if not re.fullmatch(pattern, value):
+        raise UsageError(
+            f"{name} {_shown(value)} isn't a {'whole ' if name in _WHOLE else ''}number; send one in digits"
+        )
+    return int(value) if name in _WHOLE else float(value)
