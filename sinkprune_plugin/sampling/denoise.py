@@ -1,0 +1,147 @@
+"""The plain sampler: LLaDA's semi-autoregressive denoising (arXiv 2502.09992, section 2.4 and appendix B.4) in torch.
+
+Needs nothing but a model, and is what engines are held to. ``none`` is the published algorithm; ``prefix`` and ``dual``
+are Fast-dLLM's approximations (arXiv 2505.22618, section 3.2), ``commit`` is for models trained block by block.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from sinkprune_plugin.diffusion import DiffusionSpec, resolve_diffusion
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.sampling.denoising_batch import DenoisingBatch
+from sinkprune_plugin.sampling.options import SamplingOptions
+from sinkprune_plugin.sampling.prompts import as_prompts, as_seeds, check_prompts
+
+__all__ = ["DenoiseOutput", "denoise"]
+
+
+@dataclass
+class DenoiseOutput:
+    """What was generated.
+
+    :param sequences: for each prompt the generated tokens, (n,) int64, up to the end-of-sequence token if one came
+    :param forwards: forward passes of the model
+    :param trajectory: for each prompt the canvas after each of its steps, (steps, G) int64; empty unless asked for
+    """
+
+    sequences: list[torch.Tensor]
+    forwards: int = 0
+    trajectory: list[torch.Tensor] = field(default_factory=list)
+
+
+def denoise(
+    model: Any,
+    input_ids: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    gen_length: int,
+    block_length: int | None = None,
+    steps: int | None = None,
+    cache: str = "none",
+    temperature: float = 0.0,
+    remasking: str = "low_confidence",
+    threshold: float | None = None,
+    cfg_scale: float = 0.0,
+    seed: int | Sequence[int] = 0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    spec: DiffusionSpec | None = None,
+    eos_token_ids: Collection[int] | None = None,
+    progress: bool = False,
+    return_trajectory: bool = False,
+) -> DenoiseOutput:
+    """Generate by denoising a canvas of masks behind each prompt, block by block.
+
+    Prompts of one length share forward passes; the result of each is that of a call of its own, up to the rounding of
+    batched matrix products. Noise depends on the prompt's seed, the step and the position only.
+
+    :param model: a diffusion LM as transformers class; it is run in evaluation mode
+    :param input_ids: one prompt (P,), prompts of one length (B, P), or a list of prompts; int64
+    :param gen_length: tokens of the canvas, G
+    :param block_length: tokens in a block; default 32; the last block may be shorter
+    :param steps: denoising steps of the whole generation; default one for each token
+    :param cache: ``none``, ``prefix``, ``dual`` or ``commit``
+    :param temperature: of the Gumbel noise; 0 is greedy
+    :param remasking: ``low_confidence``, ``random``, ``margin`` or ``entropy``
+    :param threshold: unmask all positions surer than this instead of a fixed number; ``steps`` then has no effect
+    :param cfg_scale: of classifier-free guidance; logits are u + (scale + 1) (c - u), u those without the prompt
+    :param seed: one for all prompts, or one for each
+    :param top_k: sample among the likeliest only; 0 for all
+    :param top_p: sample within this probability only; 1 for all
+    :param spec: family and mask token; default what the model's configuration says
+    :param eos_token_ids: a prompt is done after the block with one of these; default none
+    :param progress: show a progress bar on a terminal
+    :param return_trajectory: keep the canvas after each step
+    :return: the generated tokens, on the model's device
+    :raises UsageError: on wrong options, on a prompt that is empty, too long or holds the mask token, and if the model
+        is of no known family, can't be run with the cache asked for, or gives logits that aren't finite
+    """
+    spec = resolve_diffusion(model.config) if spec is None else spec
+    prompts = as_prompts(input_ids)
+    options = SamplingOptions.resolve(
+        gen_length=gen_length,
+        block_length=block_length,
+        steps=steps,
+        cache=cache,
+        temperature=temperature,
+        remasking=remasking,
+        threshold=threshold,
+        cfg_scale=cfg_scale,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    seeds = as_seeds(seed, len(prompts))
+    for one in seeds:
+        SamplingOptions.resolve(gen_length=gen_length, seed=one)
+    check_prompts(prompts, gen_length, spec, model.config)
+    if cache != "none" and "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UsageError(f"{type(model).__name__} takes no position_ids, which cache {cache} needs; use cache none")
+
+    groups: dict[int, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        groups.setdefault(len(prompt), []).append(number)
+    output = DenoiseOutput([torch.empty(0)] * len(prompts))
+    if return_trajectory:
+        output.trajectory = [torch.empty(0)] * len(prompts)
+    total = len(options.blocks) * len(groups)
+    with (
+        _evaluating(model),
+        tqdm(total=total, desc="denoising", unit="block", disable=None if progress else True) as bar,
+    ):
+        for numbers in groups.values():
+            batch = DenoisingBatch(
+                model,
+                torch.stack([prompts[number].to(model.device) for number in numbers]),
+                torch.tensor([seeds[number] for number in numbers], dtype=torch.int64, device=model.device),
+                options,
+                spec,
+                frozenset(eos_token_ids or ()),
+                keep_trajectory=return_trajectory,
+            )
+            for block in range(len(options.blocks)):
+                batch.denoise_block(block)
+                bar.update()
+            output.forwards += batch.forwards
+            for row, number in enumerate(numbers):
+                output.sequences[number] = batch.sequence(row)
+                if return_trajectory:
+                    output.trajectory[number] = torch.stack(batch.trajectories[row])
+    return output
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        # Not inference mode: its tensors can't be changed in place later.
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

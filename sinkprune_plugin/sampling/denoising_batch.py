@@ -1,0 +1,181 @@
+"""A batch of prompts of one length on their way through the plain sampler."""
+
+from typing import Any
+
+import torch
+
+from sinkprune_plugin.diffusion import DiffusionSpec
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.sampling.kv_cache import KeyValueCache
+from sinkprune_plugin.sampling.options import REMASKINGS, SamplingOptions
+from sinkprune_plugin.sampling.select import select_unmask
+from sinkprune_plugin.sampling.tokens import Needs, propose
+
+__all__ = ["DenoisingBatch"]
+
+
+class DenoisingBatch:
+    """Prompts, their canvases, and what is kept between forward passes.
+
+    :param model: a diffusion LM
+    :param prompts: (B, P) int64
+    :param seeds: (B,) int64
+    :param options: of all prompts; its seed isn't looked at
+    :param spec: the model's diffusion spec
+    :param eos: end-of-sequence tokens, which end a row after the block they are in
+    :param keep_trajectory: whether to fill :attr:`trajectories`
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: torch.Tensor,
+        seeds: torch.Tensor,
+        options: SamplingOptions,
+        spec: DiffusionSpec,
+        eos: frozenset[int],
+        *,
+        keep_trajectory: bool = False,
+    ) -> None:
+        self._model, self._options, self._spec = model, options, spec
+        self._eos = torch.tensor(sorted(eos), dtype=torch.int64, device=prompts.device)
+        self._prompt_length = prompts.shape[1]
+        canvas = prompts.new_full((len(prompts), options.gen_length), spec.mask_token_id)
+        self._tokens = torch.cat([prompts, canvas], dim=1)
+        self._seeds = seeds
+        # Rows that go on; the others have had their end-of-sequence token.
+        self._active = torch.arange(len(prompts), device=prompts.device)
+        self._cache = KeyValueCache(self._tokens.shape[1])
+        self._keep_trajectory = keep_trajectory
+        self.forwards = 0
+        self.trajectories: list[list[torch.Tensor]] = [[] for _ in prompts]
+        # With shifted logits: those that predict the first position of the open block, where a query doesn't hold them.
+        self._before: torch.Tensor | None = None
+        if options.cache == "commit":
+            self._commit(0, self._prompt_length)
+
+    def denoise_block(self, number: int) -> None:
+        """Denoise one block of all rows that go on; blocks have to come in their order.
+
+        :param number: of the block
+        :raises UsageError: if the model's logits aren't finite
+        """
+        options = self._options
+        first, last = options.blocks[number]
+        begin, end = self._prompt_length + first, self._prompt_length + last
+        counts = options.tokens_per_step(number)
+        # Each step unmasks at least one token of each row that has masks.
+        for step in range(end - begin):
+            block = self._tokens[self._active, begin:end]
+            masked = block == self._spec.mask_token_id
+            if not bool(masked.any()):
+                break
+            logits = self._logits(begin, end, refresh=step == 0)
+            count = counts[min(step, len(counts) - 1)]
+            # The noise's step must not depend on how many steps earlier blocks took.
+            chosen, proposed = self._choose(logits, masked, count, first + step, begin)
+            self._tokens[self._active, begin:end] = torch.where(chosen, proposed, block)
+            if self._keep_trajectory:
+                for row in self._active[masked.any(dim=1)].tolist():
+                    self.trajectories[row].append(self._tokens[row, self._prompt_length :].clone())
+        self._retire(begin, end)
+        if options.cache == "commit" and last < options.gen_length and len(self._active):
+            self._commit(begin, end)
+
+    def sequence(self, row: int) -> torch.Tensor:
+        """What was generated.
+
+        :param row: of the batch
+        :return: (n,) int64, cut behind the first end-of-sequence token
+        """
+        tokens = self._tokens[row, self._prompt_length :]
+        ends = torch.isin(tokens, self._eos).nonzero()
+        return tokens[: int(ends[0]) + 1 if len(ends) else None].clone()
+
+    def _choose(
+        self, logits: torch.Tensor, masked: torch.Tensor, count: int, step: int, begin: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which positions are unmasked, and what each would become, both (rows, width)."""
+        options, (rows, width), device = self._options, masked.shape, logits.device
+        remasking = REMASKINGS.index(options.remasking)
+
+        def each(value: float, dtype: torch.dtype) -> torch.Tensor:
+            return torch.full((rows * width,), value, dtype=dtype, device=device)
+
+        proposed, confidence = propose(
+            logits.flatten(0, 1),
+            temperature=each(options.temperature, torch.float64),
+            top_k=each(options.top_k, torch.int64),
+            top_p=each(options.top_p, torch.float64),
+            remasking=each(remasking, torch.int64),
+            seed=self._seeds[self._active].repeat_interleave(width),
+            step=each(step, torch.int64),
+            position=torch.arange(begin, begin + width, device=device).repeat(rows),
+            mask_token_id=self._spec.mask_token_id,
+            needs=Needs(options.temperature > 0, options.top_k > 0 or options.top_p < 1, (remasking,)),
+        )
+        if not bool(confidence.isfinite().all()):
+            raise UsageError(
+                f"the logits of {type(self._model).__name__} hold NaN or Inf; check the weights, or run in float32"
+            )
+        threshold = torch.inf if options.threshold is None else options.threshold
+        chosen = select_unmask(
+            confidence.view(rows, width).masked_fill(~masked, -torch.inf),
+            torch.full((rows,), count, device=device),
+            torch.full((rows,), threshold, dtype=torch.float64, device=device),
+        )
+        return chosen, proposed.view(rows, width)
+
+    def _logits(self, begin: int, end: int, *, refresh: bool) -> torch.Tensor:
+        """Logits that predict the block's positions, (rows, width, V)."""
+        shift, cache, length = self._spec.logit_shift, self._options.cache, self._tokens.shape[1]
+        if cache == "none" or (cache != "commit" and refresh):
+            logits = self._guided(self._forward(0, length))
+            self._keep_before(logits[:, begin - 1 : begin])
+            return logits[:, begin - shift : end - shift]
+        if cache == "prefix":
+            logits = self._forward(begin, length)
+        else:
+            logits = self._forward(begin, end, visible=length if cache == "dual" else end)
+        if self._before is None:
+            return logits[:, : end - begin]
+        return torch.cat([self._before, logits[:, : end - begin - 1]], dim=1)
+
+    def _commit(self, begin: int, end: int) -> None:
+        """Keep keys and values of final tokens."""
+        self._keep_before(self._forward(begin, end)[:, -1:])
+
+    def _keep_before(self, logits: torch.Tensor) -> None:
+        if self._spec.logit_shift:
+            # A view would hold the logits of all positions.
+            self._before = logits.clone()
+
+    def _forward(self, begin: int, end: int, visible: int | None = None) -> torch.Tensor:
+        self.forwards += 1
+        tokens = self._tokens[self._active, begin:end]
+        if self._options.cache == "none":
+            return torch.as_tensor(self._model(input_ids=tokens).logits)
+        positions = torch.arange(begin, end, device=tokens.device)[None]
+        with self._cache.computing(begin, end, visible=visible):
+            return torch.as_tensor(self._model(input_ids=tokens, position_ids=positions).logits)
+
+    def _guided(self, logits: torch.Tensor) -> torch.Tensor:
+        """Classifier-free guidance as in LLaDA's sampler: away from what is predicted without the prompt."""
+        if not self._options.cfg_scale:
+            return logits
+        tokens = self._tokens[self._active].clone()
+        tokens[:, : self._prompt_length] = self._spec.mask_token_id
+        self.forwards += 1
+        without = self._model(input_ids=tokens).logits
+        return torch.as_tensor(without + (self._options.cfg_scale + 1) * (logits - without))
+
+    def _retire(self, begin: int, end: int) -> None:
+        """Leave rows out of further blocks whose block holds an end-of-sequence token."""
+        going = ~torch.isin(self._tokens[self._active, begin:end], self._eos).any(dim=1)
+        if bool(going.all()):
+            return
+        rows = going.nonzero()[:, 0]
+        self._active = self._active[rows]
+        self._cache.keep_rows(rows)
+        if self._before is not None:
+            self._before = self._before[rows]
