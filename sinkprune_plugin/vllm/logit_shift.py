@@ -4,11 +4,11 @@ The first row of a query that begins behind position 0 needs the hidden state of
 is the one from the step that computed the kept keys and values: as stale as those, and fresh where nothing is kept.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
+
+from sinkprune_plugin.vllm.step_plan import BatchLayout
 
 __all__ = ["BoundaryStates", "LogitShift"]
 
@@ -55,15 +55,13 @@ class BoundaryStates:
         self._canvas_start = np.full(slots, -1, np.int64)
         self._half = np.zeros(slots, np.int64)
 
-    def shift(self, slots: Any, computed: Any, query: Any, canvas: Any) -> LogitShift:
+    def shift(self, batch: BatchLayout) -> LogitShift:
         """Prepare a step.
 
-        :param slots: (num_reqs,) slot of each request
-        :param computed: (num_reqs,) positions kept
-        :param query: (num_reqs,) positions in the query
-        :param canvas: (num_reqs,) positions of canvas at its end
+        :param batch: what was scheduled
         :return: the step's shift
         """
+        slots, computed, query, canvas = batch.slots, batch.computed, batch.query, batch.canvas
         begin = np.cumsum(query) - query
         start = computed + query - canvas
         # Each slot has two states: the one before its canvas, and the last row of its last query. They change places

@@ -19,7 +19,7 @@ from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.vllm.logit_shift import BoundaryStates
 from sinkprune_plugin.vllm.request_plan import plan_of
 from sinkprune_plugin.vllm.sampler import DenoisingSampler
-from sinkprune_plugin.vllm.step_plan import SlotTable, StepPlan
+from sinkprune_plugin.vllm.step_plan import BatchLayout, SlotTable, StepPlan
 
 __all__ = ["DenoisingModelState"]
 
@@ -44,6 +44,7 @@ class DenoisingModelState(ModelState):
         self._slots = SlotTable(self.max_num_reqs, self._canvas_length)
         self._sampler: DenoisingSampler | None = None
         self._plan: StepPlan | None = None
+        self._batch: BatchLayout | None = None
         model_dtype = self.dtype
         assert isinstance(model_dtype, torch.dtype)
         self._boundary = (
@@ -74,25 +75,45 @@ class DenoisingModelState(ModelState):
         options = plan_of(new_req_data.sampling_params, self._canvas_length)
         self._slots.add(req_index, new_req_data.prompt_len, options)
 
-    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:  # noqa: ARG002
-        """Plan the step and narrow the logits to the rows that can be unmasked.
+    def preprocess_state(
+        self,
+        input_batch: InputBatch,
+        block_tables: tuple[torch.Tensor, ...],  # noqa: ARG002
+        kv_cache_config: Any,  # noqa: ARG002
+        num_computed_tokens: torch.Tensor,  # noqa: ARG002
+    ) -> None:
+        """Plan the step. vLLM calls this first, and for real batches only.
 
         :param input_batch: the batch
+        :param block_tables: not used
+        :param kv_cache_config: not used
+        :param num_computed_tokens: not used, the host has the same numbers
+        """
+        num_reqs = input_batch.num_reqs
+        self._batch = BatchLayout(
+            slots=input_batch.idx_mapping_np[:num_reqs].astype(np.int64),
+            computed=input_batch.num_computed_tokens_np[:num_reqs].astype(np.int64),
+            query=input_batch.num_scheduled_tokens[:num_reqs].astype(np.int64),
+            canvas=np.diff(input_batch.cu_num_logits_np[: num_reqs + 1]).astype(np.int64),
+        )
+        self._plan = self._slots.plan(self._batch)
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:  # noqa: ARG002
+        """Hand the plan on, and narrow the logits to the rows that can be unmasked.
+
+        :param input_batch: not used
         :param req_states: not used
         :return: further arguments of the model's forward
         """
-        num_reqs = input_batch.num_reqs
-        slots = input_batch.idx_mapping_np[:num_reqs].astype(np.int64)
-        computed = input_batch.num_computed_tokens_np[:num_reqs].astype(np.int64)
-        query = input_batch.num_scheduled_tokens[:num_reqs].astype(np.int64)
-        canvas = np.diff(input_batch.cu_num_logits_np[: num_reqs + 1]).astype(np.int64)
-        self._plan = self._slots.plan(slots, computed, query, canvas)
+        plan, batch = self._plan, self._batch
+        self._plan = self._batch = None
         if self._sampler is not None:
-            self._sampler.plan = self._plan
-        self._set_rows(async_tensor_h2d(self._plan.rows, device=self.device))
-        if self._boundary is None:
+            self._sampler.plan = plan
+        # Without a plan this is a dummy run, which looks at all rows.
+        self._set_rows(None if plan is None else async_tensor_h2d(plan.rows, device=self.device))
+        if self._boundary is None or batch is None:
             return {}
-        return {"shift": self._boundary.shift(slots, computed, query, canvas)}
+        return {"shift": self._boundary.shift(batch)}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:  # noqa: ARG002
         """Nothing is planned in a dummy run.
@@ -101,7 +122,6 @@ class DenoisingModelState(ModelState):
         :param num_tokens: not used
         :return: no further arguments
         """
-        self._plan = None
         self._set_rows(None)
         return {}
 

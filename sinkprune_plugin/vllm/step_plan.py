@@ -21,11 +21,27 @@ import numpy as np
 
 from sinkprune_plugin.sampling.options import CACHES, REMASKINGS, SamplingOptions
 
-__all__ = ["SlotTable", "StepPlan"]
+__all__ = ["BatchLayout", "SlotTable", "StepPlan"]
 
 NONE, PREFIX, DUAL, COMMIT = (CACHES.index(name) for name in ("none", "prefix", "dual", "commit"))
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """What vLLM scheduled, for each request of the batch in its order.
+
+    :param slots: (num_reqs,) int64, its slot
+    :param computed: (num_reqs,) int64, positions whose keys and values are kept from before
+    :param query: (num_reqs,) int64, positions in the query
+    :param canvas: (num_reqs,) int64, how many of these, at the end, are canvas; 0 for a prompt
+    """
+
+    slots: Ints
+    computed: Ints
+    query: Ints
+    canvas: Ints
 
 
 @dataclass(frozen=True)
@@ -105,16 +121,14 @@ class SlotTable:
         self.block_steps[slot, :blocks] = [options.steps_in_block(block) for block in range(blocks)]
         self.block_start[slot] = -1
 
-    def plan(self, slots: Ints, computed: Ints, query: Ints, canvas: Ints) -> StepPlan:
+    def plan(self, batch: BatchLayout) -> StepPlan:
         """Plan a step. Counts a step for each denoising request.
 
-        :param slots: (num_reqs,) slot of each request of the batch
-        :param computed: (num_reqs,) positions whose keys and values are kept from before
-        :param query: (num_reqs,) positions in the query
-        :param canvas: (num_reqs,) how many of these, at the end, are canvas; 0 for a prompt
+        :param batch: what was scheduled
         :return: the plan
         """
-        end = computed + query
+        slots, canvas = batch.slots, batch.canvas
+        end = batch.computed + batch.query
         denoising = np.flatnonzero(canvas)
         idle = np.flatnonzero(canvas == 0)
         slot, start = slots[denoising], (end - canvas)[denoising]

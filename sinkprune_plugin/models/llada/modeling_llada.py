@@ -98,6 +98,7 @@ class LLaDATransformer(nn.Module):
         inputs_embeds: torch.Tensor | None,
         attention_mask: Any,
         states: HiddenStates,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states after the final norm.
 
@@ -105,12 +106,13 @@ class LLaDATransformer(nn.Module):
         :param inputs_embeds: (B, T, d_model)
         :param attention_mask: see :class:`AttentionMask`
         :param states: collects the hidden states on the way
+        :param position_ids: (B, T) or (1, T); None for 0 … T - 1
         :return: (B, T, d_model)
         """
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         hidden_states = self.emb_drop(inputs_embeds)
-        tables = self.rotary(hidden_states)
+        tables = self.rotary(hidden_states, position_ids)
         mask = self.attention_mask(attention_mask, hidden_states)
         for block in self.blocks:
             states.add(hidden_states)
@@ -142,9 +144,11 @@ class LLaDAModel(DiffusionLM):
         inputs_embeds: torch.Tensor | None = None,
         attention_mask: Any = None,
         states: HiddenStates | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states after the final norm, (B, T, d_model); see :meth:`LLaDATransformer.forward`."""
-        return self.transformer(input_ids, inputs_embeds, attention_mask, states or HiddenStates(False, False))
+        states = states or HiddenStates(False, False)
+        return self.transformer(input_ids, inputs_embeds, attention_mask, states, position_ids)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding table."""
@@ -182,6 +186,7 @@ class LLaDAModelLM(DiffusionLM):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> Any:
         """Logits for every position; the order of the arguments is that of the official class.
 
@@ -194,6 +199,7 @@ class LLaDAModelLM(DiffusionLM):
         :param output_attentions: refused; see ``sinkprune_plugin.sinks`` for where attention goes
         :param output_hidden_states: also return the hidden states
         :param return_dict: False for a tuple
+        :param position_ids: (B, T) or (1, T) positions of the tokens; 0 … T - 1 without them
         :return: ``CausalLMOutputWithPast`` with ``logits`` (B, T, embedding rows)
         :raises UsageError: for an argument that a diffusion LM can't honour
         """
@@ -207,7 +213,7 @@ class LLaDAModelLM(DiffusionLM):
             output_attentions=output_attentions,
         )
         states = HiddenStates(output_hidden_states, self.config.output_hidden_states)
-        hidden_states = self.model(input_ids, inputs_embeds, attention_mask, states)
+        hidden_states = self.model(input_ids, inputs_embeds, attention_mask, states, position_ids)
         logits = self.model.transformer.ff_out(hidden_states)
         return lm_output(self, logits, states.states, return_dict)
 
