@@ -126,9 +126,10 @@ def convert(
     written = convert_checkpoint(path, output, to, layout=layout, overwrite=overwrite)
     for note in written.notes:
         typer.echo(note)
+    # A checkpoint may have no tensor at all.
+    share = written.stored_bytes / (written.dense_bytes or 1)
     typer.echo(
-        f"{written.format}: {written.stored_bytes / 1e6:.2f} MB, {written.stored_bytes / written.dense_bytes:.4f} of "
-        f"dense, written to {written.directory}"
+        f"{written.format}: {written.stored_bytes / 1e6:.2f} MB, {share:.4f} of dense, written to {written.directory}"
     )
 
 
@@ -140,7 +141,8 @@ def info(
     """Show what is in a checkpoint: format, sparsity, size, who can load it."""
     from rich.console import Console
 
-    from sinkprune_plugin.info import inspect_checkpoint, print_info
+    from sinkprune_plugin.info import inspect_checkpoint
+    from sinkprune_plugin.info_table import print_info
 
     found = inspect_checkpoint(path)
     if as_json:
