@@ -153,7 +153,6 @@ class DenoisingModelState(ModelState):
         kv_cache_config: Any,
         for_capture: bool = False,
         ubatch_idx: int = 0,
-        model_specific_attn_metadata: Any = None,  # noqa: ARG002
     ) -> dict[str, Any]:
         """Attention in both directions; for cache ``dual`` also over the kept positions behind the block.
 
@@ -165,7 +164,6 @@ class DenoisingModelState(ModelState):
         :param kv_cache_config: the cache
         :param for_capture: whether a graph is being captured
         :param ubatch_idx: always 0
-        :param model_specific_attn_metadata: not used
         :return: metadata by layer
         """
         assert cudagraph_mode != CUDAGraphMode.FULL

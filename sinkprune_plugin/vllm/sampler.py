@@ -112,6 +112,7 @@ class DenoisingSampler:
             step=step[row_request],
             position=start[row_request] + row_column,
             mask_token_id=self._mask,
+            needs=plan.needs,
         )
         canvas = self._canvas[slot, :widest]
         masked = (canvas == self._mask) & (torch.arange(widest, device=device) < width[:, None])

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from sinkprune_plugin.sampling.options import CACHES, REMASKINGS, SamplingOptions
+from sinkprune_plugin.sampling.tokens import Needs
 
 __all__ = ["BatchLayout", "SlotTable", "StepPlan"]
 
@@ -76,6 +77,16 @@ class StepPlan:
     def widest(self) -> int:
         """Width of the widest block."""
         return int(self.ints[:, 2].max()) if len(self.ints) else 0
+
+    @property
+    def needs(self) -> Needs:
+        """What at least one request asks of the sampler."""
+        temperature, top_p = self.floats[:, 0], self.floats[:, 2]
+        return Needs(
+            noise=bool((temperature > 0).any()),
+            filters=bool((self.options[:, 1] > 0).any() or (top_p < 1).any()),
+            remaskings=frozenset(self.options[:, 0].tolist()),
+        )
 
 
 class SlotTable:

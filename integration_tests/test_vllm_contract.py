@@ -1,0 +1,113 @@
+"""What the adapter relies on in vLLM, so that another version fails here and says where, not in a running engine."""
+
+import inspect
+
+import pytest
+from vllm_engine import use_harness
+
+use_harness()
+
+from vllm.config import SchedulerConfig, VllmConfig  # noqa: E402
+from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
+from vllm.v1.engine.input_processor import InputProcessor  # noqa: E402
+from vllm.v1.request import Request  # noqa: E402
+from vllm.v1.worker.gpu.model_states.interface import ModelState  # noqa: E402
+from vllm.v1.worker.gpu.sample.output import SamplerOutput  # noqa: E402
+from vllm.v1.worker.gpu.states import RequestState  # noqa: E402
+
+from sinkprune_plugin.vllm.model_state import DenoisingModelState  # noqa: E402
+from sinkprune_plugin.vllm.scheduler import DenoisingScheduler  # noqa: E402
+
+
+def parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+def source(thing):
+    return inspect.getsource(thing)
+
+
+@pytest.mark.parametrize("name", ["schedule", "update_from_output", "update_draft_token_ids", "add_request"])
+def test_scheduler_methods_have_the_parameters_that_we_override(name):
+    assert parameters(getattr(Scheduler, name)) == parameters(getattr(DenoisingScheduler, name))
+
+
+def test_a_step_schedules_tokens_and_placeholders_that_are_not_computed():
+    text = source(Scheduler.schedule)
+    assert "request.num_tokens_with_spec" in text
+    assert "- request.num_computed_tokens" in text
+    assert "request.next_decode_eligible_step" in text
+    assert text.index("self.current_step += 1") < text.index("request.next_decode_eligible_step")
+
+
+def test_placeholders_that_emit_nothing_are_rolled_back():
+    text = source(Scheduler.update_from_output)
+    assert "self.num_sampled_tokens_per_step == 0" in text
+    assert "request.num_computed_tokens -= num_rejected" in text
+
+
+def test_the_scheduler_takes_nothing_beyond_the_canvas_for_diffusion_models():
+    assert "vllm_config.model_config.is_diffusion" in source(Scheduler.__init__)
+
+
+@pytest.mark.parametrize("name", ["num_tokens_with_spec", "num_output_tokens"])
+def test_request_counts(name):
+    assert isinstance(inspect.getattr_static(Request, name), property)
+
+
+def test_request_states_hold_the_canvas():
+    text = source(RequestState.__init__)
+    assert "self.draft_tokens = torch.zeros(" in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "add_request",
+        "custom_sampler",
+        "preprocess_state",
+        "prepare_inputs",
+        "prepare_dummy_inputs",
+        "prepare_inputs_embeds",
+        "prepare_attn",
+    ],
+)
+def test_model_state_hooks_have_the_parameters_that_we_override(name):
+    theirs, ours = parameters(getattr(ModelState, name)), parameters(getattr(DenoisingModelState, name))
+    assert ours == theirs
+
+
+def test_real_batches_are_announced_before_attention_is_prepared():
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    text = source(GPUModelRunner.execute_model)
+    assert text.index("self.model_state.preprocess_state(") < text.index("self.model_state.prepare_attn(")
+    assert text.index("self.model_state.prepare_attn(") < text.index("self.model_state.prepare_inputs(")
+
+
+def test_logits_are_computed_for_canvas_rows_and_handed_to_our_sampler():
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    text = source(GPUModelRunner.sample)
+    assert "hidden_states[input_batch.logits_indices]" in text
+    assert "self.sampler(logits, input_batch)" in text
+    assert parameters(SamplerOutput)[:5] == [
+        "sampled_token_ids",
+        "logprobs_tensors",
+        "num_nans",
+        "num_sampled",
+        "num_rejected",
+    ]
+
+
+def test_every_request_passes_the_function_that_we_wrap():
+    assert parameters(InputProcessor.process_inputs)[:5] == ["self", "request_id", "prompt", "params", "supported_tasks"]
+    text = source(inspect.unwrap(InputProcessor.process_inputs))
+    assert "sampling_params = params.clone()" in text
+
+
+def test_configuration_that_the_hook_sets_exists():
+    fields = VllmConfig.__dataclass_fields__
+    assert {"diffusion_config", "attention_config", "scheduler_config", "kernel_config"} <= fields.keys()
+    names = SchedulerConfig.__dataclass_fields__
+    assert {"scheduler_cls", "async_scheduling", "enable_chunked_prefill", "max_num_batched_tokens"} <= names.keys()

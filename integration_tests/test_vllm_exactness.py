@@ -1,0 +1,174 @@
+"""Tokens from vLLM's engine, many requests at once, equal those of the plain sampler one by one.
+
+Both compute in float32, in other orders; that a tie of two confidences falls differently is possible and has not been
+seen, so equality is asserted without tolerance.
+"""
+
+import random
+
+import pytest
+import torch
+from vllm_engine import make_engine, use_harness
+
+from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
+from sinkprune_plugin.sampling import denoise
+from sinkprune_plugin.text_windows import embedded_text, read_documents
+
+CACHES = ("none", "prefix", "dual", "commit")
+# A comma, which the embedded model writes often: as an end of sequence it comes inside of blocks.
+COMMA = 14
+
+
+@pytest.fixture(scope="session")
+def engine():
+    return make_engine(EMBEDDED_MODEL)
+
+
+@pytest.fixture(scope="session")
+def plain():
+    return load_model(EMBEDDED_MODEL, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def text_ids():
+    text = " ".join(read_documents(embedded_text("test")))[:40_000]
+    return load_tokenizer(EMBEDDED_MODEL)(text)["input_ids"]
+
+
+def params(max_tokens, top_k=0, top_p=1.0, stop=(), **options):
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=max_tokens,
+        top_k=top_k,
+        top_p=top_p,
+        stop_token_ids=list(stop),
+        extra_args={f"dlm_{name}": value for name, value in options.items()},
+    )
+
+
+def generate(engine, prompts, settings):
+    outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)
+    return [[list(sample.token_ids) for sample in output.outputs] for output in outputs]
+
+
+def oracle(plain, prompt, max_tokens, **options):
+    eos = options.pop("stop", None)
+    options.setdefault("gen_length", max_tokens)
+    (tokens,) = denoise(plain, torch.tensor(prompt), eos_token_ids=eos, **options).sequences
+    return tokens[:max_tokens].tolist()
+
+
+def check(engine, plain, requests):
+    """One batch in the engine against one call of the sampler for each request."""
+    found = generate(engine, [prompt for prompt, _, _ in requests], [params(n, **o) for _, n, o in requests])
+    for (prompt, max_tokens, options), (tokens,) in zip(requests, found, strict=True):
+        assert tokens == oracle(plain, prompt, max_tokens, **options), (len(prompt), max_tokens, options)
+
+
+def prompt_of(text_ids, length, rng):
+    start = rng.randrange(len(text_ids) - length)
+    return text_ids[start : start + length]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_greedy(cache, engine, plain, text_ids):
+    rng = random.Random(0)
+    shapes = [
+        # prompt, max_tokens, options
+        (1, 8, {"block_length": 8}),
+        (100, 128, {"block_length": 32, "steps": 32}),
+        (17, 64, {"block_length": 16, "steps": 16}),
+        (33, 32, {"block_length": 32}),
+        (5, 48, {"block_length": 16, "steps": 24}),
+        (64, 16, {"block_length": 8}),
+        # Fewer steps than tokens, and not dividing the width: 16 tokens in 5 steps.
+        (2, 16, {"block_length": 16, "steps": 5}),
+        # The last block is short.
+        (40, 20, {"block_length": 8}),
+        (9, 50, {"block_length": 32, "steps": 20}),
+        # Less wanted than generated: the answer is cut, inside a block too.
+        (12, 10, {"block_length": 8, "gen_length": 64}),
+        (80, 16, {"block_length": 16, "gen_length": 32, "steps": 8}),
+        # An end of sequence inside a block.
+        (30, 64, {"block_length": 32, "steps": 32, "stop": (COMMA,)}),
+        (21, 32, {"block_length": 8, "stop": (COMMA,)}),
+        (3, 24, {"block_length": 8, "steps": 12, "stop": (COMMA,)}),
+        # Defaults.
+        (7, 16, {}),
+        (50, 40, {}),
+    ]
+    requests = [
+        (prompt_of(text_ids, length, rng), wanted, {"cache": cache, **options}) for length, wanted, options in shapes
+    ]
+    check(engine, plain, requests)
+
+
+def test_everything_mixed_in_one_batch(engine, plain, text_ids):
+    """Every remasking, thresholds, noise and filters, and all caches, side by side."""
+    rng = random.Random(1)
+    requests = []
+    for number in range(24):
+        options = {"cache": CACHES[number % 4], "block_length": rng.choice([8, 16]), "seed": rng.randrange(10_000)}
+        options["remasking"] = ("low_confidence", "random", "margin", "entropy")[number // 4 % 4]
+        if number % 3 == 0:
+            options |= {"temperature": rng.choice([0.3, 0.7, 1.0]), "top_k": rng.choice([0, 5]), "top_p": 0.9}
+        if number % 5 == 0 and options["remasking"] != "entropy":
+            options["threshold"] = rng.choice([0.1, 0.4, 0.8])
+        requests.append((prompt_of(text_ids, rng.randrange(1, 60), rng), rng.choice([8, 20, 32]), options))
+    check(engine, plain, requests)
+
+
+def test_noise_changes_with_the_seed_and_not_with_the_batch(engine, text_ids):
+    prompt = text_ids[:20]
+    one = params(24, temperature=1.0, seed=3)
+    (alone,) = generate(engine, [prompt], [one])[0]
+    others = [params(24, temperature=1.0, seed=seed) for seed in range(6)]
+    together = [tokens for (tokens,) in generate(engine, [prompt] * 6, others)]
+    assert together[3] == alone
+    assert len({tuple(tokens) for tokens in together}) == 6
+
+
+def test_standard_temperature_and_seed_mean_the_same(engine, text_ids):
+    from vllm import SamplingParams
+
+    prompt = text_ids[:20]
+    standard = SamplingParams(max_tokens=16, temperature=0.8, seed=5)
+    assert generate(engine, [prompt], [standard]) == generate(engine, [prompt], [params(16, temperature=0.8, seed=5)])
+    cold = SamplingParams(max_tokens=16, temperature=0.0)
+    assert generate(engine, [prompt], [cold]) == generate(engine, [prompt], [params(16)])
+
+
+def test_n_samples_have_seeds_that_count_up(engine, plain, text_ids):
+    prompt = text_ids[100:130]
+    settings = params(16, temperature=1.0, seed=7, block_length=8)
+    settings.n = 2
+    (samples,) = generate(engine, [prompt], [settings])
+    assert samples == [oracle(plain, prompt, 16, temperature=1.0, seed=seed, block_length=8) for seed in (7, 8)]
+    assert samples[0] != samples[1]
+
+
+def test_preemption_changes_nothing(plain, text_ids):
+    """Room for less than two of eight requests: they push each other out, and blocks begun are done again."""
+    use_harness()
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted = []
+    original = Scheduler._preempt_request
+
+    def counting(self, request, *args, **kwargs):
+        preempted.append(request.request_id)
+        return original(self, request, *args, **kwargs)
+
+    rng = random.Random(2)
+    requests = [
+        (prompt_of(text_ids, 40, rng), 64, {"cache": CACHES[number % 4], "block_length": 16, "steps": 32})
+        for number in range(8)
+    ]
+    small = make_engine(EMBEDDED_MODEL, num_gpu_blocks_override=5, block_size=32)
+    Scheduler._preempt_request = counting
+    try:
+        check(small, plain, requests)
+    finally:
+        Scheduler._preempt_request = original
+    assert len(preempted) >= 3
