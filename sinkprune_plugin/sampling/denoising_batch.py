@@ -114,7 +114,8 @@ class DenoisingBatch:
             mask_token_id=self._spec.mask_token_id,
             needs=Needs(options.temperature > 0, options.top_k > 0 or options.top_p < 1, (remasking,)),
         )
-        if not bool(confidence.isfinite().all()):
+        # The largest is NaN where any is; -inf alone is a model's way to exclude a token.
+        if not bool(logits.amax(dim=-1).isfinite().all()):
             raise UsageError(
                 f"the logits of {type(self._model).__name__} hold NaN or Inf; check the weights, or run in float32"
             )
