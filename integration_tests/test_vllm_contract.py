@@ -101,7 +101,8 @@ def test_logits_are_computed_for_canvas_rows_and_handed_to_our_sampler():
 
 
 def test_every_request_passes_the_function_that_we_wrap():
-    assert parameters(InputProcessor.process_inputs)[:5] == ["self", "request_id", "prompt", "params", "supported_tasks"]
+    first = ["self", "request_id", "prompt", "params", "supported_tasks"]
+    assert parameters(InputProcessor.process_inputs)[:5] == first
     text = source(inspect.unwrap(InputProcessor.process_inputs))
     assert "sampling_params = params.clone()" in text
 

@@ -4,7 +4,7 @@ from typing import Any
 
 __all__ = ["ARCHITECTURES", "DEFAULT_CANVAS", "register_config_hooks"]
 
-ARCHITECTURES = ("LLaDAModelLM", "MMadaModelLM", "DreamModel")
+ARCHITECTURES = ("LLaDAModelLM", "MMadaModelLM", "MMaDAModelLM", "DreamModel")
 # Longest generation served unless --diffusion-config says otherwise.
 DEFAULT_CANVAS = 1024
 

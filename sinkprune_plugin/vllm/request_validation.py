@@ -7,6 +7,7 @@ vLLM has a hook that sees sampling parameters, but none that also sees prompt an
 import functools
 from typing import Any
 
+from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.sampling.options import SamplingOptions, parse_options
 from sinkprune_plugin.vllm.config_hook import ARCHITECTURES
@@ -82,6 +83,11 @@ def _resolve(processor: Any, request: Any, asked: dict[str, Any]) -> None:
     params = request.sampling_params
     if request.prompt_token_ids is None:
         raise VLLMValidationError("prompt embeddings aren't supported by a denoising model; send text or token ids")
+    mask = resolve_diffusion(processor.model_config.hf_config).mask_token_id
+    if mask in request.prompt_token_ids:
+        raise VLLMValidationError(
+            f"the prompt holds the mask token {mask} at position {request.prompt_token_ids.index(mask)}; leave it out"
+        )
     prompt_length = len(request.prompt_token_ids)
     canvas = processor.vllm_config.diffusion_config.canvas_length
     if asked.pop("max_tokens_unset"):
