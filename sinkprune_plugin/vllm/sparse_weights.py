@@ -1,0 +1,138 @@
+"""From a stream of a checkpoint's tensors, with sparse weights in parts, to a stream of dense weights.
+
+Works on names and tensors as vLLM's loaders hand them out, in front of a model's own loading. So fused projections and
+tensor-parallel slices are cut from each weight just as from a dense checkpoint, and no more than one weight at a time
+is both sparse and dense.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.formats.checkpoint_parts import dense_name
+from sinkprune_plugin.formats.format_names import CheckpointFormat
+from sinkprune_plugin.formats.part_checks import DAMAGED
+from sinkprune_plugin.formats.sparsity_config import read_sparsity_config
+from sinkprune_plugin.formats.stored_weights import ALL_PARTS, CODECS
+
+__all__ = ["complete_weights", "dense_weights", "install_sparse_loading", "sparse_format_of"]
+
+Stream = Iterable[tuple[str, torch.Tensor]]
+
+
+def dense_weights(stream: Stream, sparse_format: CheckpointFormat) -> Iterator[tuple[str, torch.Tensor]]:
+    """Rebuild sparse weights; each comes as soon as the last of its parts has come, all else passes through.
+
+    :param stream: name in the checkpoint → tensor; parts in any order, and between them anything
+    :param sparse_format: the format that config.json names
+    :return: name of the dense tensor → tensor
+    :raises UsageError: naming the tensor, if a part is missing or left over, comes twice or contradicts another one
+    """
+    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    seen: set[str] = set()
+    for name, tensor in stream:
+        owner, _, part = name.rpartition(".")
+        if not owner or part not in ALL_PARTS:
+            _take(name, seen)
+            yield name, tensor
+            continue
+        if sparse_format is CheckpointFormat.DENSE:
+            # A sparse checkpoint must not pass for a dense one with odd names; a tensor named "shape" may be one.
+            _refuse_part(name, part)
+            yield name, tensor
+            continue
+        if part not in sparse_format.parts:
+            raise UsageError(f"{name} isn't a part of {sparse_format}: config.json names the wrong format, correct it")
+        parts = waiting.setdefault(owner, {})
+        if part in parts:
+            raise UsageError(f"{name} is stored twice; write the checkpoint again")
+        parts[part] = tensor
+        if len(parts) < len(sparse_format.parts):
+            continue
+        del waiting[owner]
+        dense = dense_name(owner)
+        _take(dense, seen)
+        yield dense, CODECS[sparse_format].decompress(parts, name=dense)
+        # Not kept until the next weight is complete.
+        del parts
+    for owner, parts in waiting.items():
+        missing = next(part for part in sparse_format.parts if part not in parts)
+        raise UsageError(
+            f"{dense_name(owner)}: {owner}.{missing}, which {sparse_format} needs, is in no file; {DAMAGED}"
+        )
+
+
+def _take(name: str, seen: set[str]) -> None:
+    if name in seen:
+        raise UsageError(f"{name} is stored twice; write the checkpoint again")
+    seen.add(name)
+
+
+def _refuse_part(name: str, part: str) -> None:
+    if part in ("compressed", "bitmask"):
+        raise UsageError(
+            f"{name} is part of a sparse weight, but config.json names the format dense; put its sparsity_config back"
+        )
+
+
+def complete_weights(stream: Stream, wanted: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass a stream on and check in the end that nothing was missing.
+
+    vLLM by itself serves a model of which a projection was in no file, with whatever is in that memory.
+
+    :param stream: name → tensor
+    :param wanted: names that must come
+    :return: the same stream
+    :raises UsageError: naming a tensor that didn't come
+    """
+    missing = set(wanted)
+    for name, tensor in stream:
+        missing.discard(name)
+        yield name, tensor
+    if missing:
+        more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+        raise UsageError(f"{min(missing)}{more} in no file of the checkpoint; {DAMAGED}")
+
+
+def sparse_format_of(hf_config: Any) -> CheckpointFormat | None:
+    """The format of a checkpoint.
+
+    :param hf_config: the model's configuration as transformers gives it
+    :return: the format, None where nothing says that weights might be sparse
+    :raises UsageError: if the configuration says something that can't be
+    """
+    configs = (hf_config, getattr(hf_config, "text_config", None))
+    for key in ("quantization_config", "compression_config"):
+        for config in configs:
+            block = getattr(config, key, None)
+            if block:
+                found = read_sparsity_config({key: block})
+                return None if found is None else found.format
+    return None
+
+
+def install_sparse_loading() -> None:
+    """Put the decompression into vLLM's loaders. Idempotent."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.model_executor.model_loader.runai_streamer_loader import RunaiModelStreamerLoader
+
+    loaders: tuple[Any, ...] = (DefaultModelLoader, RunaiModelStreamerLoader)
+    for loader in loaders:
+        if not hasattr(loader.get_all_weights, "reads_sparse"):
+            loader.get_all_weights = _reading_sparse(loader.get_all_weights)
+
+
+def _reading_sparse(get_all_weights: Callable[..., Stream]) -> Callable[..., Stream]:
+    def reading(self: Any, model_config: Any, model: Any) -> Stream:
+        stream = get_all_weights(self, model_config, model)
+        sparse_format = sparse_format_of(model_config.hf_config)
+        if sparse_format is not None:
+            stream = dense_weights(stream, sparse_format)
+        # Only our models say what they need.
+        names = getattr(model, "checkpoint_names", None)
+        return stream if names is None else complete_weights(stream, names())
+
+    reading.reads_sparse = True  # type: ignore[attr-defined]
+    return reading
