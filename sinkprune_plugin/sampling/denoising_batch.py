@@ -78,6 +78,7 @@ class DenoisingBatch:
             if self._keep_trajectory:
                 for row in self._active[masked.any(dim=1)].tolist():
                     self.trajectories[row].append(self._tokens[row, self._prompt_length :].clone())
+        # Before the commit, which makes anew what is kept of the rows that go on.
         self._retire(begin, end)
         if options.cache == "commit" and last < options.gen_length and len(self._active):
             self._commit(begin, end)
@@ -178,5 +179,3 @@ class DenoisingBatch:
         rows = going.nonzero()[:, 0]
         self._active = self._active[rows]
         self._cache.keep_rows(rows)
-        if self._before is not None:
-            self._before = self._before[rows]
