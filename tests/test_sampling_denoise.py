@@ -107,7 +107,7 @@ def test_the_options_compared_make_a_difference(embedded, text):
 @pytest.mark.parametrize("family", ["llada", "dream"])
 @pytest.mark.parametrize("cache", CACHED)
 @given(data=st.data())
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 def test_a_cache_equals_full_passes_with_recorded_keys_and_values(random_models, family, cache, data):
     gen_length = data.draw(st.integers(2, 24), "gen_length")
     block_length = data.draw(st.integers(1, gen_length), "block_length")
