@@ -19,9 +19,12 @@ TIMEOUT = httpx.Timeout(120)
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    log = tmp_path_factory.mktemp("server") / "server.log"
+    folder = tmp_path_factory.mktemp("server")
+    log, template = folder / "server.log", folder / "template.jinja"
+    # The embedded model is no chat model and has no template of its own.
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
     # Few slots, so that clients that leave must make room for others.
-    with serving(EMBEDDED_MODEL, log, "--max-num-seqs", "8") as (address, process):
+    with serving(EMBEDDED_MODEL, log, "--max-num-seqs", "8", "--chat-template", str(template)) as (address, process):
         yield address
         assert process.poll() is None, log.read_text()[-3000:]
         assert "EngineDead" not in log.read_text()
@@ -52,15 +55,16 @@ def test_numbers_may_come_as_text_and_token_ids_as_a_prompt(server):
     assert numbers.json()["choices"] == text.json()["choices"]
 
 
-def test_chat_with_the_models_template_and_without_max_tokens(server):
-    body = {"model": "tiny", "messages": [{"role": "user", "content": "Who is the President?"}], "temperature": 0}
-    template = {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
-    answer = httpx.post(f"{server}/v1/chat/completions", json=body | template, timeout=TIMEOUT)
-    if answer.status_code == 400 and "trust" in answer.text:
-        # The server takes templates from the model only; the embedded model is no chat model and has none.
-        pytest.skip("the server refuses chat templates sent by clients")
+def test_chat_without_max_tokens_fills_the_canvas(server):
+    text = "Who is the President?"
+    body = {"model": "tiny", "messages": [{"role": "user", "content": text}], "temperature": 0, "ignore_eos": True}
+    answer = httpx.post(f"{server}/v1/chat/completions", json=body, timeout=TIMEOUT)
     assert answer.status_code == 200, answer.text
-    assert answer.json()["usage"]["completion_tokens"] <= 128
+    assert answer.json()["usage"]["completion_tokens"] == 128
+    assert (
+        answer.json()["choices"][0]["message"]["content"]
+        == complete(server, prompt=text, max_tokens=128, temperature=0, ignore_eos=True).json()["choices"][0]["text"]
+    )
 
 
 def events(response):

@@ -54,8 +54,6 @@ def configure(vllm_config: Any) -> None:
                         model.max_model_len)  # fmt: skip
             setattr(scheduler, name, model.max_model_len)
     vllm_config.attention_config.use_non_causal = True
-    # Greedy unless a request says otherwise, as the published samplers.
-    model.override_generation_config.setdefault("max_new_tokens", canvas)
     _set_graphs(vllm_config, canvas, logger)
 
 

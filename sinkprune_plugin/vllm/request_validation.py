@@ -90,7 +90,9 @@ def _resolve(processor: Any, request: Any, asked: dict[str, Any]) -> None:
         )
     prompt_length = len(request.prompt_token_ids)
     canvas = processor.vllm_config.diffusion_config.canvas_length
-    if asked.pop("max_tokens_unset"):
+    # A client that names no length gets all that fits from vLLM (over HTTP as if it had asked for that); here the
+    # served canvas is what fits.
+    if params.max_tokens >= processor.model_config.max_model_len - prompt_length:
         params.max_tokens = min(params.max_tokens, canvas)
     try:
         options = resolve_options(asked, params.max_tokens, prompt_length, canvas, processor.model_config.max_model_len)
@@ -125,7 +127,6 @@ def check_request(params: Any) -> dict[str, Any]:
         asked["dlm_seed"] = params.seed
     # SamplingParams turns both off where the temperature is 0.
     asked["top_k"], asked["top_p"] = max(params.top_k, 0), params.top_p
-    asked["max_tokens_unset"] = params.max_tokens is None
     return asked
 
 
