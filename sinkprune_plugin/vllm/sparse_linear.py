@@ -50,8 +50,7 @@ def fits_kernel(shape: Sequence[int], dtype: torch.dtype) -> bool:
     :param dtype: of weight and activations
     """
     return (
-        len(shape) == 2
-        and dtype in (torch.bfloat16, torch.float16)
+        dtype in (torch.bfloat16, torch.float16)
         and min(shape) > 0
         and shape[0] % _ROWS == 0
         and shape[1] % _COLUMNS == 0
@@ -146,14 +145,24 @@ def _seconds(run: Callable[[], torch.Tensor]) -> float:
     return sorted(times[3:])[_REPEATS // 2]
 
 
-class Sparse24LinearMethod(LinearMethodBase):
-    """Loads like any Linear; then keeps the weight either dense or compressed for the sparse tensor cores, never both.
+def runs_sparse(weight: torch.Tensor) -> bool:
+    """Whether a weight is to be kept compressed.
 
-    :param prefix: the layer's full name
+    :param weight: (out, in) of this rank, loaded
     """
+    rows, columns = weight.shape
+    return (
+        weight.is_cuda
+        and fits_kernel((rows, columns), weight.dtype)
+        and is_two_of_four(weight)
+        and _worth_it(rows, columns, weight.dtype, weight.device)
+    )
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
+
+class Sparse24LinearMethod(LinearMethodBase):
+    """Loads like any Linear; then keeps the weight either dense or compressed, never both."""
+
+    def __init__(self) -> None:
         self._dense = UnquantizedLinearMethod()
         self._product: Any = None
         self._out_features = 0
@@ -165,14 +174,9 @@ class Sparse24LinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Choose; see the base class."""
         weight: Any = layer.weight.data
-        shape, dtype = tuple(weight.shape), weight.dtype
-        if (
-            weight.is_cuda
-            and fits_kernel(shape, dtype)
-            and is_two_of_four(weight)
-            and _worth_it(*shape, dtype, weight.device)
-        ):
-            self._product, self._out_features = _register_op()[1], shape[0]
+        self._product = None
+        if runs_sparse(weight):
+            self._product, self._out_features = _register_op()[1], weight.shape[0]
             replace_parameter(layer, "weight", torch._cslt_compress(weight))
         else:
             self._dense.process_weights_after_loading(layer)

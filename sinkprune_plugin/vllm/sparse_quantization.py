@@ -92,17 +92,21 @@ class SparseConfig(QuantizationConfig):
         historic = hf_quant_cfg.get("quant_method") in (None, "", LEGACY_METHOD)
         return QUANT_METHOD if historic and hf_quant_cfg.get("sparsity_config") else None
 
-    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def get_quant_method(
+        self,
+        layer: torch.nn.Module,
+        prefix: str,  # noqa: ARG002
+    ) -> QuantizeMethodBase | None:
         """How a layer computes.
 
         :param layer: the layer
-        :param prefix: its full name
+        :param prefix: not used: whether a weight is 2:4 is seen once it is loaded
         :return: a method for Linears, None for all else
         """
         if not isinstance(layer, LinearBase):
             return None
         if self.sparse_format is CheckpointFormat.SPARSE_24_BITMASK and sparse_tensor_cores():
-            return Sparse24LinearMethod(prefix)
+            return Sparse24LinearMethod()
         return UnquantizedLinearMethod()
 
 
