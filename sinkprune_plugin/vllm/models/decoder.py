@@ -259,7 +259,7 @@ class DenoisingLM(nn.Module, SupportsQuant):
             parent, _, own = module.rpartition(".")
             if kind in ("weight", "bias"):
                 parts = self.packed_modules_mapping.get(own, [own])
-                names.update(f"{parent}.{part}.{kind}" for part in parts)
+                names.update(".".join(filter(None, (parent, part, kind))) for part in parts)
         return names
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
