@@ -172,6 +172,9 @@ def test_format_of_a_configuration():
     assert sparse_format_of(Config(quantization_config=ours)) is TWO_OF_FOUR
     assert sparse_format_of(Config(quantization_config=legacy)) is TWO_OF_FOUR
     assert sparse_format_of(Config(compression_config={"sparsity_config": sparsity})) is TWO_OF_FOUR
+    # As vLLM leaves it behind.
+    empty = {"quant_method": "", "sparsity_config": sparsity}
+    assert sparse_format_of(Config(compression_config=empty)) is TWO_OF_FOUR
     assert sparse_format_of(Config(text_config=Config(quantization_config=legacy))) is TWO_OF_FOUR
     assert sparse_format_of(Config(quantization_config={"quant_method": "gptq", "bits": 4})) is None
     assert sparse_format_of(Config(quantization_config=None)) is None
@@ -235,6 +238,7 @@ def test_stacked_configuration_becomes_vllms_own():
     assert json.dumps(block) == before
     sparse_only = {key: block[key] for key in ("quant_method", "sparsity_config", "sinkprune_version")}
     assert type(config_class.from_config(sparse_only)) is config_class
+    assert type(config_class.from_config({**sparse_only, "quant_method": ""})) is config_class
     with pytest.raises(UsageError, match="transform_config"):
         config_class.from_config({**sparse_only, "transform_config": {"config_groups": {"a": 1}}})
 

@@ -13,9 +13,9 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats.format_names import LEGACY_METHOD, QUANT_METHOD, CheckpointFormat
-from sinkprune_plugin.formats.sparsity_config import read_sparsity_config, without_sparsity
+from sinkprune_plugin.formats.sparsity_config import without_sparsity
 from sinkprune_plugin.vllm.sparse_linear import Sparse24LinearMethod, sparse_tensor_cores
-from sinkprune_plugin.vllm.sparse_weights import install_sparse_loading
+from sinkprune_plugin.vllm.sparse_weights import install_sparse_loading, read_block
 
 __all__ = ["SparseConfig", "register_sparse"]
 
@@ -59,11 +59,12 @@ class SparseConfig(QuantizationConfig):
         :return: ours; for weights that are quantized as well vLLM's own, made as if there were no sparsity
         :raises UsageError: if the format is unknown or the checkpoint can't be loaded correctly
         """
-        found = read_sparsity_config({"quantization_config": config})
+        found = read_block(config)
         if found is None:
             raise UsageError(
                 f'quantization "{QUANT_METHOD}" needs a sparsity_config in config.json; leave the option out'
             )
+        config = {**config, "quant_method": config.get("quant_method") or LEGACY_METHOD}
         rest = without_sparsity({"quantization_config": config}).get("quantization_config")
         if rest is None:
             return cls(found.format)

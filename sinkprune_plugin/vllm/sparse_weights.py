@@ -5,7 +5,7 @@ tensor-parallel slices are cut from each weight just as from a dense checkpoint,
 is both sparse and dense.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats.checkpoint_parts import dense_name
 from sinkprune_plugin.formats.format_names import CheckpointFormat
 from sinkprune_plugin.formats.part_checks import DAMAGED
-from sinkprune_plugin.formats.sparsity_config import read_sparsity_config
+from sinkprune_plugin.formats.sparsity_config import SparsityConfig, read_sparsity_config
 from sinkprune_plugin.formats.stored_weights import ALL_PARTS, CODECS
 
-__all__ = ["complete_weights", "dense_weights", "install_sparse_loading", "sparse_format_of"]
+__all__ = ["complete_weights", "dense_weights", "install_sparse_loading", "read_block", "sparse_format_of"]
 
 Stream = Iterable[tuple[str, torch.Tensor]]
 
@@ -96,6 +96,17 @@ def complete_weights(stream: Stream, wanted: Iterable[str]) -> Iterator[tuple[st
         raise UsageError(f"{min(missing)}{more} in no file of the checkpoint; {DAMAGED}")
 
 
+def read_block(block: Mapping[str, Any]) -> SparsityConfig | None:
+    """Read a ``quantization_config`` as vLLM hands it out.
+
+    :param block: as in config.json, or with the empty method that vLLM gives the oldest checkpoints, which name none
+    :return: what it says; None if the checkpoint isn't sparse
+    :raises UsageError: if it says something that can't be
+    """
+    said = {key: value for key, value in block.items() if key != "quant_method" or value}
+    return read_sparsity_config({"quantization_config": said})
+
+
 def sparse_format_of(hf_config: Any) -> CheckpointFormat | None:
     """The format of a checkpoint.
 
@@ -108,7 +119,7 @@ def sparse_format_of(hf_config: Any) -> CheckpointFormat | None:
         for config in configs:
             block = getattr(config, key, None)
             if block:
-                found = read_sparsity_config({key: block})
+                found = read_block(block)
                 return None if found is None else found.format
     return None
 
