@@ -151,6 +151,50 @@ def info(
         print_info(found, Console())
 
 
+@app.command()
+def verify(
+    dense: Annotated[Path, typer.Argument(help="Directory of the dense checkpoint.")],
+    pruned: Annotated[Path, typer.Argument(help="Directory of the checkpoint pruned from it, dense or sparse.")],
+    output: OutputOption,
+    backend: Annotated[str, typer.Option(help="What times generation: transformers or vllm.")] = "transformers",
+    dataset: DatasetOption = None,
+    seq_len: SeqLenOption = None,
+    seed: SeedOption = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer windows and rounds, wider intervals.")] = False,
+    ar_model: Annotated[str | None, typer.Option(help="An autoregressive model whose sinks are shown beside.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: each checkpoint's own.")] = None,
+    max_ppl_increase: Annotated[float | None, typer.Option(help="Fail above this increase, in percent.")] = None,
+    min_agreement: Annotated[float | None, typer.Option(help="Fail below this share of equal tokens, 0 to 1.")] = None,
+    max_size_ratio: Annotated[float | None, typer.Option(help="Fail above this share of the dense size.")] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Compare a pruned model with the dense one: quality, size, speed, sinks; a report, and bars to reach."""
+    from rich.console import Console
+
+    from sinkprune_plugin.verification.bars import Bars
+    from sinkprune_plugin.verification.report import print_report
+    from sinkprune_plugin.verification.verify import VerifyOptions
+    from sinkprune_plugin.verification.verify import verify as run
+
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise UsageError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
+    options = VerifyOptions(
+        backend=backend,  # type: ignore[arg-type]
+        dataset=dataset,
+        seq_len=seq_len,
+        seed=seed,
+        quick=quick,
+        ar_model=ar_model,
+        bars=Bars(max_ppl_increase, min_agreement, max_size_ratio),
+        dtype=dtype,
+    )
+    report = run(dense, pruned, output, options, overwrite=overwrite)
+    print_report(report, Console())
+    typer.echo(f"report.html, report.json and plots are in {output}")
+    if not report["passed"]:
+        raise typer.Exit(1)
+
+
 def _one_line(error: UsageError | ValidationError) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
@@ -164,7 +208,8 @@ def main() -> None:
     """Run the command line."""
     debug = "--debug" in sys.argv
     try:
-        app(standalone_mode=False)
+        # Without its standalone mode click returns the code of an Exit in place of exiting.
+        sys.exit(app(standalone_mode=False))
     except (UsageError, ValidationError) as error:
         if debug:
             raise

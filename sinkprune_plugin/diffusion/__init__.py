@@ -7,7 +7,7 @@ from sinkprune_plugin.diffusion.corruption import (
     mask_probability,
     sample_generator,
 )
-from sinkprune_plugin.diffusion.estimates import Likelihood, PerplexityEstimate
+from sinkprune_plugin.diffusion.estimates import Likelihood, PerplexityEstimate, RowScores, estimate_likelihood
 from sinkprune_plugin.diffusion.families import (
     DiffusionFamily,
     DiffusionSpec,
@@ -21,6 +21,7 @@ from sinkprune_plugin.diffusion.likelihood import (
     masked_token_perplexity,
     measure_likelihood,
     perplexity_on,
+    score_windows,
 )
 from sinkprune_plugin.diffusion.schedule import timestep_grid, timestep_row_scale
 
@@ -31,9 +32,11 @@ __all__ = [
     "Likelihood",
     "LikelihoodOptions",
     "PerplexityEstimate",
+    "RowScores",
     "corrupt",
     "corruptible_positions",
     "elbo_perplexity",
+    "estimate_likelihood",
     "families",
     "mask_probability",
     "masked_token_perplexity",
@@ -42,6 +45,7 @@ __all__ = [
     "register_family",
     "resolve_diffusion",
     "sample_generator",
+    "score_windows",
     "timestep_grid",
     "timestep_row_scale",
 ]

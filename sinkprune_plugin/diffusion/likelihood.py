@@ -27,6 +27,7 @@ __all__ = [
     "masked_token_perplexity",
     "measure_likelihood",
     "perplexity_on",
+    "score_windows",
 ]
 
 # Corrupted positions whose logits are held in float32 at a time: 1024 × 126 464 floats are half a GB for LLaDA-8B.
@@ -76,6 +77,46 @@ def measure_likelihood(
     :return: both estimates
     :raises UsageError: if there is nothing to predict or the model's logits aren't finite
     """
+    scores = score_windows(
+        model,
+        input_ids,
+        spec,
+        num_samples=num_samples,
+        seed=seed,
+        noise_eps=noise_eps,
+        batch_size=batch_size,
+        attention_mask=attention_mask,
+        progress=progress,
+    )
+    return estimate_likelihood(scores, control_variate=control_variate)
+
+
+def score_windows(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    spec: DiffusionSpec | None = None,
+    *,
+    num_samples: int = 8,
+    seed: int = 0,
+    noise_eps: float = 1e-3,
+    batch_size: int = 8,
+    attention_mask: torch.Tensor | None = None,
+    progress: bool = False,
+) -> RowScores:
+    """Losses window by window, for comparisons in pairs: the noise depends on seed and window, not on the model.
+
+    :param model: this and the others: see :func:`measure_likelihood`
+    :param input_ids: (N, T) clean windows
+    :param spec: the model's diffusion spec
+    :param num_samples: noise samples for each window, t stratified over them
+    :param seed: seed of the noise
+    :param noise_eps: floor of the mask probability
+    :param batch_size: corrupted windows in a forward pass
+    :param attention_mask: (N, T), nonzero on real tokens
+    :param progress: show a progress bar
+    :return: losses of N windows with ``num_samples`` noise samples each
+    :raises UsageError: if there is nothing to predict or the model's logits aren't finite
+    """
     spec = spec if spec is not None else resolve_diffusion(getattr(model, "config", None))
     if input_ids.dim() != 2 or input_ids.shape[0] == 0:
         raise UsageError(f"input_ids has shape {tuple(input_ids.shape)}; it must be (windows, tokens), not empty")
@@ -95,13 +136,12 @@ def measure_likelihood(
     nll = _corrupted_nll(
         model, windows, noise.noisy_ids, noise.corrupted, spec, batch_size, window_valid, progress=progress
     )
-    scores = RowScores(
+    return RowScores(
         nll=nll.reshape(-1, num_samples),
         corrupted=noise.corrupted.sum(dim=1).double().reshape(-1, num_samples),
         p_mask=noise.p_mask.double().reshape(-1, num_samples),
         tokens=corruptible_positions(clean, spec, valid).sum(dim=1).double(),
     )
-    return estimate_likelihood(scores, control_variate=control_variate)
 
 
 def elbo_perplexity(

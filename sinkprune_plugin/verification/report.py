@@ -1,0 +1,122 @@
+"""The report of a verification: JSON for machines, one HTML file for people, a table for the terminal."""
+
+import base64
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sinkprune_plugin import __version__
+from sinkprune_plugin.verification.plots import draw_plots
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["HTML_FILE", "JSON_FILE", "SCHEMA_VERSION", "print_report", "write_report"]
+
+SCHEMA_VERSION = 1
+JSON_FILE, HTML_FILE = "report.json", "report.html"
+TEMPLATE = Path(__file__).parent / "report.html.jinja"
+
+
+def write_report(directory: Path, content: dict[str, Any]) -> None:
+    """Write report.json, the plots and report.html.
+
+    :param directory: where they go; the sink plots are there already
+    :param content: the report, JSON-serialisable
+    """
+    plots = draw_plots(directory, content)
+    (directory / JSON_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    pictures = {title: _embedded(directory / file) for title, file in plots.items()}
+    sinks = {name: _embedded(directory / each["plot"]) for name, each in content["sinks"].items()}
+    (directory / HTML_FILE).write_text(_html(content, pictures, sinks), encoding="utf-8")
+
+
+def _embedded(file: Path) -> str:
+    """A picture within the page: the report is one file and needs no network."""
+    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode("ascii")
+
+
+def _html(content: dict[str, Any], pictures: dict[str, str], sinks: dict[str, str]) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    # Texts that models wrote are shown: everything is escaped.
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["megabytes"] = lambda size: f"{size / 1e6:,.2f} MB"
+    environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        report=content, pictures=pictures, sinks=sinks, headline=headline(content), version=__version__
+    )
+
+
+def headline(content: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The answers in one table.
+
+    :param content: a report
+    :return: question, answer, and what it is compared with
+    """
+    quality, samples, size = content["quality"], content["samples"], content["size"]
+    total = content["sparsity"]["total"]
+    fastest = max(content["speed"]["rows"], key=lambda row: row["ratio"])
+    return [
+        (
+            "ELBO perplexity",
+            f"{quality['elbo_pruned']:.2f} ± {quality['elbo_pruned_error']:.2f}",
+            f"dense {quality['elbo_dense']:.2f}; {quality['increase_percent']:+.1f} % "
+            f"(95 %: {100 * (quality['ratio_low'] - 1):+.1f} to {100 * (quality['ratio_high'] - 1):+.1f})",
+        ),
+        (
+            "masked-token perplexity",
+            f"{quality['masked_pruned']:.2f}",
+            f"dense {quality['masked_dense']:.2f}",
+        ),
+        (
+            "same tokens as dense",
+            f"{100 * samples['agreement']:.1f} %",
+            f"first difference after {samples['first_difference']:.1f} tokens",
+        ),
+        (
+            "repetition",
+            f"{100 * samples['repetition_pruned']:.1f} %",
+            f"dense {100 * samples['repetition_dense']:.1f} %; distinct pairs {100 * samples['distinct_pruned']:.1f} % "
+            f"and {100 * samples['distinct_dense']:.1f} %",
+        ),
+        ("zeros", f"{100 * total['sparsity']:.1f} %", f"structure {total['structure']}"),
+        (
+            "weight files",
+            f"{size['pruned']['file_bytes'] / 1e6:.2f} MB",
+            f"dense {size['dense']['file_bytes'] / 1e6:.2f} MB; {100 * size['file_ratio']:.1f} %, "
+            f"{size['pruned']['format']}",
+        ),
+        (
+            "speed, best of the cells",
+            f"{fastest['ratio']:.2f} ×",
+            f"batch {fastest['batch']}, cache {fastest['cache']}, {content['speed']['backend']}",
+        ),
+    ]
+
+
+def print_report(content: dict[str, Any], console: "Console") -> None:
+    """Print the answers, and the bars if there are any.
+
+    :param content: a report
+    :param console: where to print
+    """
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=f"{content['pruned']} against {content['dense']}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+    for heading in ("", "pruned", "compared with"):
+        table.add_column(heading, overflow="fold")
+    for row in headline(content):
+        table.add_row(*row)
+    console.print(table)
+    for bar in content["bars"]:
+        verdict = "reached" if bar["passed"] else "MISSED"
+        console.print(f"--{bar['name']} {bar['limit']:g}: {bar['value']:.4g}, {verdict}")

@@ -1,0 +1,242 @@
+"""`sinkprune verify`: measure a dense and a pruned model side by side, and write a report of it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sinkprune_plugin.diffusion import resolve_diffusion
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.info import inspect_checkpoint
+from sinkprune_plugin.loading import default_sequence_length, load_model, load_tokenizer
+from sinkprune_plugin.outputs import check_output, new_directory
+from sinkprune_plugin.provenance import PROVENANCE_FILE, provenance
+from sinkprune_plugin.sinks import sink_report
+from sinkprune_plugin.sinks.observe import SinkSettings
+from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
+from sinkprune_plugin.verification.bars import Bars, check_bars
+from sinkprune_plugin.verification.compatibility import (
+    check_derived,
+    check_tokenizers,
+    memory_bytes,
+    natural_zeros,
+)
+from sinkprune_plugin.verification.perplexity import compare_perplexity
+from sinkprune_plugin.verification.report import JSON_FILE, SCHEMA_VERSION, write_report
+from sinkprune_plugin.verification.samples import compare_samples
+from sinkprune_plugin.verification.speed import Workload, compare_speed, transformers_sampler, vllm_sampler
+
+__all__ = ["VerifyOptions", "verify"]
+
+# Perplexity of longer windows says the same and takes longer.
+LONGEST_WINDOW = 512
+# The quick variant answers in seconds, with intervals that are twice as wide.
+WINDOWS, QUICK_WINDOWS = 24, 8
+SAMPLES, QUICK_SAMPLES = 8, 4
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What to measure.
+
+    :param backend: what times the generation: ``transformers`` or ``vllm``
+    :param dataset: text file, JSON-lines file or saved dataset; None takes the embedded test text
+    :param seq_len: tokens in a window; None takes the model's maximum, at most 512
+    :param seed: seed of noise and of the choice of text
+    :param quick: fewer windows, noise samples, batch sizes and rounds
+    :param ar_model: an autoregressive model whose sinks are shown beside; None for none
+    :param bars: what the pruned model must reach
+    :param dtype: precision both models are run in; None takes each checkpoint's own
+    """
+
+    backend: Literal["transformers", "vllm"] = "transformers"
+    dataset: str | None = None
+    seq_len: int | None = None
+    seed: int = 0
+    quick: bool = False
+    ar_model: str | None = None
+    bars: Bars = field(default_factory=Bars)
+    dtype: str | None = None
+
+
+def verify(
+    dense: Path, pruned: Path, output: Path, options: VerifyOptions | None = None, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Compare two checkpoints and write report.json, report.html, plots and provenance.
+
+    :param dense: checkpoint directory
+    :param pruned: checkpoint directory, dense or sparse, that was pruned from the first
+    :param output: directory to write; it appears whole or not at all
+    :param options: what to measure
+    :param overwrite: replace an existing output
+    :return: the content of report.json; ``passed`` tells whether all bars were reached
+    :raises UsageError: if the two don't belong together, or on other wrong input; nothing is written then
+    """
+    options = options or VerifyOptions()
+    if options.backend not in ("transformers", "vllm"):
+        raise UsageError(f"backend {options.backend!r} is unknown; use transformers or vllm")
+    options.bars.check()
+    check_output(output, overwrite=overwrite)
+    infos = [inspect_checkpoint(path) for path in (dense, pruned)]
+    check_derived(dense, pruned)
+    tokenizers = [load_tokenizer(path) for path in (dense, pruned)]
+    check_tokenizers(*tokenizers)
+    tokenizer = tokenizers[0]
+    dtype: Any = "auto" if options.dtype is None else getattr(torch, options.dtype)
+    models = [load_model(path, dtype) for path in (dense, pruned)]
+    spec = resolve_diffusion(models[0].config, tokenizer)
+    windows = _windows(models[0], tokenizer, options)
+
+    with new_directory(output, overwrite=overwrite) as directory:
+        settings = SinkSettings(seed=options.seed)
+        sinks = {}
+        names: Sequence[tuple[str, Any]] = [("dense", models[0]), ("pruned", models[1])]
+        for name, model in names:
+            sinks[name] = sink_report(
+                model, spec, windows[: 2 if options.quick else 4], directory / f"sinks-{name}",
+                settings=settings, model_name=f"{_name(dense if name == 'dense' else pruned)} ({name})",
+            )  # fmt: skip
+        if options.ar_model is not None:
+            sinks["autoregressive"] = _ar_sinks(options, windows, directory, settings)
+        quality = compare_perplexity(
+            models[0],
+            models[1],
+            windows,
+            spec,
+            num_samples=QUICK_SAMPLES if options.quick else SAMPLES,
+            seed=options.seed,
+            progress=True,
+        )
+        half = windows.shape[1] // 4
+        prompts = windows[:, : max(1, half)]
+        samples = compare_samples(
+            models[0],
+            models[1],
+            tokenizer,
+            prompts[: 2 if options.quick else 4],
+            spec,
+            gen_length=_generation(windows),
+            block_length=min(16, _generation(windows)),
+            progress=True,
+        )
+        speed = _speed(dense, pruned, models, spec, prompts, options)
+        content: dict[str, Any] = {
+            "schema": "sinkprune.verify",
+            "schema_version": SCHEMA_VERSION,
+            "dense": _name(dense),
+            "pruned": _name(pruned),
+            "family": spec.name,
+            "quality": asdict(quality) | {"increase_percent": quality.increase},
+            "samples": asdict(samples),
+            "sparsity": _sparsity(infos, natural_zeros(dense, pruned)),
+            "size": _sizes(infos, models),
+            "speed": {"backend": options.backend, "rows": [asdict(row) for row in speed]},
+            "sinks": {name: _sink_summary(report) for name, report in sinks.items()},
+        }
+        results = check_bars(options.bars, content)
+        content["bars"] = [asdict(result) for result in results]
+        content["passed"] = all(result.passed for result in results)
+        content["provenance"] = provenance(
+            backend=options.backend,
+            dataset=Path(options.dataset).name if options.dataset else "embedded test text",
+            windows=len(windows),
+            seq_len=windows.shape[1],
+            seed=options.seed,
+            quick=options.quick,
+            dtype=options.dtype or "each checkpoint's own",
+            recipe=_recipe(pruned),
+        )
+        (directory / PROVENANCE_FILE).write_text(json.dumps(content["provenance"], indent=2) + "\n", encoding="utf-8")
+        write_report(directory, content)
+    written: dict[str, Any] = json.loads((output / JSON_FILE).read_text(encoding="utf-8"))
+    return written
+
+
+def _windows(model: Any, tokenizer: Any, options: VerifyOptions) -> torch.Tensor:
+    length = options.seq_len or default_sequence_length(model.config, LONGEST_WINDOW)
+    source = options.dataset if options.dataset is not None else embedded_text("test")
+    count = QUICK_WINDOWS if options.quick else WINDOWS
+    return token_windows(read_documents(source), tokenizer, length, count, seed=options.seed)
+
+
+def _generation(windows: torch.Tensor) -> int:
+    """Tokens of an answer: a quarter of the window is its prompt, and the rest must have room."""
+    return int(min(64, max(1, windows.shape[1] // 4)))
+
+
+def _ar_sinks(options: VerifyOptions, windows: torch.Tensor, directory: Path, settings: SinkSettings) -> Any:
+    assert options.ar_model is not None
+    tokenizer = load_tokenizer(options.ar_model)
+    source = options.dataset if options.dataset is not None else embedded_text("test")
+    own = token_windows(read_documents(source), tokenizer, windows.shape[1], 2, seed=options.seed)
+    return sink_report(load_model(options.ar_model), tokenizer, own, directory / "sinks-ar", settings=settings)
+
+
+def _speed(
+    dense: Path, pruned: Path, models: Sequence[Any], spec: Any, prompts: torch.Tensor, options: VerifyOptions
+) -> Any:
+    length = min(32, _generation(prompts.repeat(1, 4)))
+    workload = Workload(
+        prompts=prompts,
+        gen_length=length,
+        block_length=min(16, length),
+        steps=max(1, length // 2),
+        batch_sizes=(1, 4) if options.quick else (1, 8),
+        rounds=1 if options.quick else 3,
+    )
+    if options.backend == "vllm":
+        samplers = [vllm_sampler(path, workload) for path in (dense, pruned)]
+    else:
+        samplers = [transformers_sampler(model, spec) for model in models]
+    return compare_speed(samplers[0], samplers[1], workload, progress=True)
+
+
+def _sparsity(infos: Sequence[Any], natural: dict[str, int]) -> dict[str, Any]:
+    dense, pruned = (info.to_json() for info in infos)
+    return {
+        "dense_total": dense["total"],
+        "total": pruned["total"],
+        "by_type": pruned["by_type"],
+        "by_block": pruned["by_block"],
+        # Zeros that were there before.
+        "natural_zeros_by_type": natural,
+    }
+
+
+def _sizes(infos: Sequence[Any], models: Sequence[Any]) -> dict[str, Any]:
+    names = ("dense", "pruned")
+    sizes: dict[str, Any] = {}
+    for name, info, model in zip(names, infos, models, strict=True):
+        found = info.to_json()
+        sizes[name] = {
+            "format": found["format"],
+            "file_bytes": found["file_bytes"],
+            "memory_bytes": memory_bytes(model),
+        }
+    sizes["file_ratio"] = sizes["pruned"]["file_bytes"] / sizes["dense"]["file_bytes"]
+    return sizes
+
+
+def _sink_summary(report: Any) -> dict[str, Any]:
+    dynamics = report.dynamics
+    return {
+        "plot": f"{report.directory.name}/sinks.png",
+        "steps": list(report.observation.steps),
+        "sinks_per_step": list(dynamics.sinks_per_timestep),
+        "dominant_variance": dynamics.dominant_variance,
+        "dominant_moves": dynamics.dominant_moves,
+        "sinks_ever": dynamics.sinks_ever,
+        "transient_share": dynamics.transient_share,
+    }
+
+
+def _name(path: Path) -> str:
+    return path.resolve().name
+
+
+def _recipe(pruned: Path) -> str | None:
+    file = pruned / "recipe.yaml"
+    return file.read_text(encoding="utf-8") if file.is_file() else None
