@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup setup-core setup-vllm demo test quality bench clean
+.PHONY: setup setup-core setup-vllm demo test test-gpu quality bench bench-serving clean
 
 setup: setup-core setup-vllm  ## create .venv with everything, vLLM's CPU build included
 
@@ -22,7 +22,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, %s.%s found" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,eval]'
 	touch $@
 
 # vLLM pins another compressed-tensors than llm-compressor does, on paper only (README, "Versions"): its requirements come
@@ -47,6 +47,12 @@ quality: setup-core  ## ruff and mypy, as in .pre-commit-config.yaml
 bench: setup-core  ## the benchmarks; each prints a table and ends in one JSON line
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/checkpoint.py
+
+bench-serving: setup  ## the vLLM adapter against a plain loop: ten minutes on a CPU
+	$(BIN)/python benchmarks/serving.py
+
+test-gpu: setup  ## what only a GPU can show; skips with a reason elsewhere
+	$(BIN)/python -m pytest -m gpu -rs $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(DEMO_OUTPUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis

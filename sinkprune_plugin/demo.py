@@ -17,8 +17,9 @@ from sinkprune_plugin.formats import load_sparse_checkpoint
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 from sinkprune_plugin.outputs import check_output, new_directory
 from sinkprune_plugin.provenance import write_provenance
-from sinkprune_plugin.sinks import sink_report
 from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
+from sinkprune_plugin.verification.report import print_report
+from sinkprune_plugin.verification.verify import VerifyOptions, verify
 
 __all__ = ["DemoRow", "run_demo"]
 
@@ -26,6 +27,8 @@ CALIBRATION_WINDOWS = 16
 TEST_WINDOWS = 24
 SEQ_LEN = 256
 CORRUPTIONS = 8
+# The method whose model is verified in full.
+BEST = "sink-aware-sparsegpt"
 
 
 @dataclass
@@ -51,9 +54,9 @@ class DemoRow:
 
 
 def run_demo(output: Path, *, sparsity: float = 0.5, seed: int = 0, overwrite: bool = False) -> list[DemoRow]:
-    """Prune the embedded model with four methods through oneshot(), save, reload, and compare.
+    """Prune the embedded model with four methods through oneshot(), save, reload, compare, and verify one of them.
 
-    :param output: directory for the pruned models, the table (demo.json) and the sink plot
+    :param output: directory for the pruned models, the table (demo.json) and the report
     :param sparsity: share of zeros
     :param seed: seed of corruption, calibration windows and evaluation
     :param overwrite: replace an existing output
@@ -85,13 +88,13 @@ def run_demo(output: Path, *, sparsity: float = 0.5, seed: int = 0, overwrite: b
             tokenizer.save_pretrained(str(saved))
             # The numbers in the table are those of the checkpoint on disk, not of the model in memory.
             rows.append(_row(method, saved, test, seconds, seed))
-        dense = load_model(EMBEDDED_MODEL, torch.float32)
-        sink_report(dense, tokenizer, calibration[:4], directory / "sinks", seed=seed)
+        report = verify(EMBEDDED_MODEL, directory / BEST, directory / "verify", VerifyOptions(quick=True, seed=seed))
         table = json.dumps([asdict(row) for row in rows], indent=2)
         (directory / "demo.json").write_text(table + "\n", encoding="utf-8")
         write_provenance(directory, sparsity=sparsity, seed=seed, windows=CALIBRATION_WINDOWS, seq_len=SEQ_LEN)
     _print(rows, console)
-    console.print(f"models, demo.json and sinks/sinks.png are in {output}")
+    print_report(report, console)
+    console.print(f"models, demo.json and verify/report.html (with a picture of the sinks) are in {output}")
     return rows
 
 
