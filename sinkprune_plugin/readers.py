@@ -1,8 +1,8 @@
 """Who can load a checkpoint: the support matrix of README.md, applied to one checkpoint.
 
 Each answer other than ``untested`` is backed by test_sparse_loading.py, test_saving.py, test_support_matrix.py,
-test_bad_input.py or test_legacy_compressed_tensors.py in integration_tests/; that vLLM loads an ordinary dense
-checkpoint is taken for granted.
+test_bad_input.py, test_legacy_compressed_tensors.py, test_vllm_checkpoints.py or test_vllm_models.py in
+integration_tests/; that vLLM loads an ordinary dense checkpoint is taken for granted.
 """
 
 from dataclasses import dataclass
@@ -134,8 +134,10 @@ def _compressed_tensors(storage: Storage) -> Reader:
 
 
 def _vllm(storage: Storage) -> Reader:
-    if storage.sparse:
-        return Reader(_VLLM, "untested", "convert to dense")
-    if storage.diffusion or storage.quant_method is not None:
+    if _foreign(storage):
         return Reader(_VLLM, "untested")
-    return Reader(_VLLM, "yes", "also without it")
+    if storage.layout == "before-0.9":
+        return Reader(_VLLM, "untested", "convert to dense")
+    if storage.sparse:
+        return Reader(_VLLM, "yes", "decompressed while loading")
+    return Reader(_VLLM, "yes", "" if storage.diffusion else "also without it")

@@ -209,7 +209,7 @@ def test_checkpoints_of_the_old_writer(name):
     assert found["total"]["zeros"] == sum(int((tensor == 0).sum()) for tensor in pruned)
     assert found["total"]["structure"] == ("2:4" if "24" in name else "unstructured")
     assert found["layout"] == "legacy"
-    assert loads(found) == ["yes", "no", "yes", "yes", "untested"]
+    assert loads(found) == ["yes", "no", "yes", "yes", "yes"]
 
 
 def loads(found):
@@ -217,12 +217,12 @@ def loads(found):
 
 
 def test_who_loads(tmp_path):
-    assert loads(info(sparse(tmp_path))) == ["yes", "no", "yes", "no", "untested"]
-    assert loads(info(sparse(tmp_path, "sparse-bitmask", layout="legacy"))) == ["yes", "no", "yes", "yes", "untested"]
+    assert loads(info(sparse(tmp_path))) == ["yes", "no", "yes", "no", "yes"]
+    assert loads(info(sparse(tmp_path, "sparse-bitmask", layout="legacy"))) == ["yes", "no", "yes", "yes", "yes"]
     assert loads(info(sparse(tmp_path, "dense"))) == ["yes", "yes", "yes", "untested", "yes"]
     (tmp_path / "dense" / "config.json").write_text(json.dumps({"model_type": "DREAM"}))
     found = info(tmp_path / "dense")
-    assert (found["family"], loads(found)) == ("dream", ["yes", "untested", "yes", "untested", "untested"])
+    assert (found["family"], loads(found)) == ("dream", ["yes", "untested", "yes", "untested", "yes"])
 
 
 def test_what_old_releases_wrote_for_dense_weights(tmp_path):
@@ -264,13 +264,13 @@ def test_quantized(tmp_path, dtype, name, old, layout):
     assert (found["format"], found["layout"]) == ("dense", None)
     assert found["quantization"] == {"method": "compressed-tensors", "format": name}
     assert found["total"] == {**PRUNED, "structure": "2:4", "structures": {"2:4": 6}}
-    assert loads(found) == ["yes", "yes", "no", "untested", "untested"]
+    assert loads(found) == ["yes", "yes", "no", "untested", "yes"]
     convert_checkpoint(source, tmp_path / "sparse", "auto", layout=layout)
     found = info(tmp_path / "sparse")
     assert (found["format"], found["layout"]) == ("sparse-24-bitmask", layout)
     assert found["quantization"] == {"method": "compressed-tensors", "format": name}
     assert found["total"] == {**PRUNED, "structure": "2:4", "structures": {"2:4": 6}}
-    assert loads(found) == ["yes", "no", "no", old if layout == "legacy" else "no", "untested"]
+    assert loads(found) == ["yes", "no", "no", old if layout == "legacy" else "no", "yes"]
     text = " ".join(" ".join(line) for line in printed(tmp_path / "sparse"))
     assert f"format sparse-24-bitmask, layout {layout}, quantized by compressed-tensors ({name})" in text
 
