@@ -1,0 +1,252 @@
+"""The study behind docs/study.md: methods × sparsity patterns × seeds on tiny-llada, evaluated in pairs.
+
+Each finished cell is one JSON line; a run that is started again skips what is there. `--report` makes the page's table,
+its figure and docs/study-results.json from the lines.
+
+    python benchmarks/study.py --results study.jsonl            # about an hour on one core
+    python benchmarks/study.py --results study.jsonl --report
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from tqdm import tqdm
+
+from sinkprune_plugin.diffusion import RowScores, resolve_diffusion, score_windows
+from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
+from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot, stock_modifier
+from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
+from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
+from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
+
+SEEDS = (0, 1, 2)
+# Pattern → sparsity, mask structure.
+PATTERNS = {
+    "50 %": (0.5, "0:0"),
+    "60 %": (0.6, "0:0"),
+    "75 %": (0.75, "0:0"),
+    "2:4": (0.5, "2:4"),
+    "4:8": (0.5, "4:8"),
+}
+WINDOWS, SEQ_LEN = 16, 256
+TEST_WINDOWS, CORRUPTIONS = 24, 8
+# No position is this many standard deviations above the mean: the soft mask is 0 everywhere.
+NO_MASK = 1e6
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pruning and its evaluation.
+
+    :param group: ``grid`` or the name of a sweep
+    :param method: see :func:`methods`
+    :param pattern: see :data:`PATTERNS`
+    :param seed: of calibration windows and corruption
+    :param value: what is swept, as text; empty in the grid
+    """
+
+    group: str
+    method: str
+    pattern: str
+    seed: int
+    value: str = ""
+
+    @property
+    def key(self) -> str:
+        """Name of the cell in the results."""
+        return "/".join((self.group, self.method, self.pattern, str(self.seed), self.value))
+
+
+Maker = Callable[[float, str, int], Any]
+
+
+def _wanda(**fields: Any) -> Maker:
+    return lambda sparsity, structure, seed: SinkAwareWandaModifier(
+        sparsity=sparsity, mask_structure=structure, seed=seed, **fields
+    )
+
+
+def _sparsegpt(**fields: Any) -> Maker:
+    return lambda sparsity, structure, seed: SinkAwareSparseGPTModifier(
+        sparsity=sparsity, mask_structure=structure, seed=seed, **fields
+    )
+
+
+def methods() -> dict[str, Maker | None]:
+    """Method → its modifier; None for those without one."""
+    return {
+        "magnitude": None,
+        "Wanda": lambda sparsity, structure, _: stock_modifier("WandaPruningModifier", sparsity, structure),
+        "Wanda, corrupted, no mask": _wanda(sink_std=NO_MASK),
+        "sink-aware Wanda": _wanda(),
+        "sink-aware Wanda, transient": _wanda(sink_scope="transient"),
+        "sink-aware Wanda, 1/t": _wanda(timestep_weighting="inverse"),
+        "sink-aware Wanda, 1/t²": _wanda(timestep_weighting="inverse_square"),
+        "sink-aware Wanda, propagated": _wanda(propagate_error=True),
+        "sink-aware Wanda, propagated, 1/t²": _wanda(propagate_error=True, timestep_weighting="inverse_square"),
+        "SparseGPT": lambda sparsity, structure, _: stock_modifier("SparseGPTModifier", sparsity, structure),
+        "SparseGPT, corrupted, no mask": _sparsegpt(sink_std=NO_MASK),
+        "sink-aware SparseGPT, clean": _sparsegpt(calibrate_on="clean"),
+        "sink-aware SparseGPT": _sparsegpt(),
+    }
+
+
+# Sweep → values of its one factor. Windows change the data, the others a field.
+SWEEPS: dict[str, tuple[Any, ...]] = {
+    "windows": (4, 16, 64),
+    "sample_interval": (25, 10, 5),
+    "sink_std": (1.0, 2.0, 3.0),
+}
+SWEPT = {"sink-aware Wanda": _wanda, "sink-aware SparseGPT": _sparsegpt}
+
+
+def cells() -> list[Cell]:
+    """All cells, those that the conclusions rest on first."""
+    grid = [Cell("grid", method, pattern, seed) for seed in SEEDS for pattern in PATTERNS for method in methods()]
+    sweeps = [
+        Cell(sweep, method, pattern, 0, str(value))
+        for sweep, values in SWEEPS.items()
+        for pattern in ("60 %", "2:4")
+        for method in SWEPT
+        for value in values
+    ]
+    return [Cell("grid", "dense", "", 0), *grid, *sweeps]
+
+
+class Bench:
+    """Text, tokenizer and evaluation, made once."""
+
+    def __init__(self) -> None:
+        self.tokenizer = load_tokenizer(EMBEDDED_MODEL)
+        self.calibration_text = read_documents(embedded_text("calibration"))
+        test = read_documents(embedded_text("test"))
+        self.test = token_windows(test, self.tokenizer, SEQ_LEN, TEST_WINDOWS, seed=0)
+
+    def prune(self, cell: Cell) -> tuple[Any, float]:
+        """Prune a fresh model.
+
+        :param cell: what to do
+        :return: the model, and seconds taken
+        """
+        model = load_model(EMBEDDED_MODEL, torch.float32)
+        started = time.monotonic()
+        if cell.method == "dense":
+            return model, 0.0
+        sparsity, structure = PATTERNS[cell.pattern]
+        if cell.method == "magnitude":
+            prune_by_magnitude(model, sparsity, structure)
+            return model, time.monotonic() - started
+        windows = WINDOWS
+        maker = methods()[cell.method]
+        if cell.group == "windows":
+            windows = int(cell.value)
+        elif cell.group != "grid":
+            number = SWEEPS[cell.group][0].__class__(float(cell.value))
+            maker = SWEPT[cell.method](**{cell.group: number})
+        assert maker is not None
+        data = token_windows(self.calibration_text, self.tokenizer, SEQ_LEN, windows, seed=cell.seed)
+        run_oneshot(model, self.tokenizer, maker(sparsity, structure, cell.seed), data)
+        return model, time.monotonic() - started
+
+    def evaluate(self, model: Any) -> dict[str, Any]:
+        """Losses of each test window, on noise that is the same for all models.
+
+        :param model: pruned model
+        :return: ``windows``: nats per token of each window's ELBO, ``zeros``: share of zeros in the blocks' Linears
+        """
+        spec = resolve_diffusion(model.config)
+        scores = score_windows(model, self.test, spec, num_samples=CORRUPTIONS, seed=0, batch_size=16)
+        weights = [m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".blocks." in n]
+        zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+        return {"windows": window_losses(scores), "zeros": round(zeros, 5)}
+
+
+def window_losses(scores: RowScores) -> list[float]:
+    """Monte-Carlo negative ELBO of each window, in nats per token.
+
+    :param scores: losses
+    """
+    losses = (scores.nll / scores.p_mask).sum(dim=1) / (scores.tokens * scores.nll.shape[1])
+    return [round(loss, 8) for loss in losses.tolist()]
+
+
+def prune_by_magnitude(model: Any, sparsity: float, structure: str) -> None:
+    """Remove the smallest weights of each row, or of each group.
+
+    :param model: changed in place
+    :param sparsity: share of zeros
+    :param structure: ``0:0`` or N:M
+    """
+    zeros, width = (int(part) for part in structure.split(":"))
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or ".blocks." not in name:
+            continue
+        weight = module.weight.data
+        groups = weight.reshape(-1, width) if width else weight
+        removed = zeros if width else int(weight.shape[1] * sparsity)
+        smallest = groups.abs().topk(removed, dim=1, largest=False).indices
+        module.weight.data = groups.scatter(1, smallest, 0).reshape(weight.shape)
+
+
+def finished(results: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a results file; a line that was cut off is left out.
+
+    :param results: JSON lines
+    """
+    if results.is_file():
+        for line in results.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+
+def run(results: Path, limit: int | None = None) -> None:
+    """Do what is not done yet.
+
+    :param results: JSON lines, appended to
+    :param limit: number of cells at most
+    """
+    logger.remove()
+    done = {record["key"] for record in finished(results)}
+    todo = [cell for cell in cells() if cell.key not in done][:limit]
+    results.parent.mkdir(parents=True, exist_ok=True)
+    if results.is_file() and not results.read_text(encoding="utf-8").endswith("\n"):
+        # A run was killed in the middle of a line.
+        with results.open("a", encoding="utf-8") as stream:
+            stream.write("\n")
+    bench = Bench()
+    for cell in tqdm(todo, desc="study", unit="cell", disable=None):
+        model, seconds = bench.prune(cell)
+        record = {"key": cell.key, "seconds": round(seconds, 2), **bench.evaluate(model)}
+        with results.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def main() -> None:
+    """Run, or make the report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=Path("study.jsonl"))
+    parser.add_argument("--limit", type=int, help="cells at most")
+    parser.add_argument("--report", action="store_true", help="make the results' files and print the tables")
+    arguments = parser.parse_args()
+    if arguments.report:
+        from study_report import write_report
+
+        write_report(list(finished(arguments.results)))
+    else:
+        run(arguments.results, arguments.limit)
+
+
+if __name__ == "__main__":
+    main()
