@@ -20,6 +20,7 @@ from vllm_engine import free_port, use_harness
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import bitmask, convert_checkpoint, save_sparse_checkpoint
 from sinkprune_plugin.models.dream.modeling_dream import DreamModel
+from sinkprune_plugin.models.llada.configuration_llada import LLaDAConfig
 from sinkprune_plugin.models.llada.modeling_llada import LLaDAModelLM
 from sinkprune_plugin.models.rotary import RotaryTables, apply_rotary
 
@@ -110,6 +111,39 @@ def check_same_logits(native_class, folder, config, load, logits):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert expected.abs().max() > 0.5
     return found
+
+
+# --- registration
+
+
+def test_registering_again_changes_nothing(tmp_path):
+    use_harness()
+    from vllm.model_executor.layers import quantization
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    from sinkprune_plugin.vllm.register import register
+
+    register()
+    loading, methods = DefaultModelLoader.get_all_weights, list(quantization.QUANTIZATION_METHODS)
+    register()
+    assert DefaultModelLoader.get_all_weights is loading
+    assert methods == quantization.QUANTIZATION_METHODS
+    # What vLLM needs on the class stays out of the files.
+    config = LLaDAConfig()
+    assert config.canvas_length
+    config.save_pretrained(tmp_path)
+    assert "canvas_length" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"),
+    [("0.32.0", True), ("0.32.1", True), ("0.32.0+cpu", True), ("0.33.0", False), ("0.31.2", False), ("1.32.0", False),
+     ("0.32rc1", False), ("dev", False)],
+)  # fmt: skip
+def test_versions(version, tested):
+    from sinkprune_plugin.vllm.register import is_tested
+
+    assert is_tested(version) is tested
 
 
 # --- the models
