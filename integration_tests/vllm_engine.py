@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# Kept to the end of the process: an engine that is garbage-collected takes the process's parallel state with it, and
+# with that every other engine.
+_ENGINES = []
 HARNESS = Path(__file__).parent / "vllm_harness"
 
 
@@ -47,7 +50,12 @@ def make_engine(model, **options):
         "distributed_executor_backend": "uni",
         "disable_log_stats": True,
     }
-    return LLM(model=str(model), **(settings | options))
+    if not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        # 16 000 tokens of cache, enough for all that the tests do at once; the default is a gigabyte an engine.
+        settings |= {"num_gpu_blocks_override": 128, "block_size": 128}
+    engine = LLM(model=str(model), **(settings | options))
+    _ENGINES.append(engine)
+    return engine
 
 
 def free_port():

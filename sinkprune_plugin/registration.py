@@ -9,6 +9,7 @@ host libraries is imported. It may be called any number of times.
   ``llmcompressor`` is half imported when it imports torch.
 - ``transformers``: configurations are registered as soon as ``AutoConfig`` exists, and register their models when they
   are made, which comes before an auto class looks for the model.
+- ``lm_eval.models``: the model class becomes known under the name ``sinkprune``.
 """
 
 import importlib
@@ -84,6 +85,12 @@ def _admit_sparse_models(module: ModuleType) -> None:
     importlib.import_module("sinkprune_plugin.formats.oneshot_admission").admit_sparse_models(module)
 
 
+def _register_lm_eval(_module: ModuleType) -> None:
+    registry = importlib.import_module("lm_eval.api.registry").model_registry
+    if "sinkprune" not in registry:
+        registry.register("sinkprune", target="sinkprune_plugin.evaluation.lm_eval_model:SinkpruneLM")
+
+
 _ON_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "llmcompressor.modifiers.factory": _fill_factory,
     "transformers.models.auto.configuration_auto": _register_configs,
@@ -91,6 +98,7 @@ _ON_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "transformers.quantizers.auto": _register_quantizers,
     "transformers.modeling_utils": _register_quantizers,
     "llmcompressor.entrypoints.oneshot": _admit_sparse_models,
+    "lm_eval.models": _register_lm_eval,
 }
 
 
