@@ -50,7 +50,9 @@ def make_engine(model, **options):
         "distributed_executor_backend": "uni",
         "disable_log_stats": True,
     }
-    if not os.environ.get("CUDA_VISIBLE_DEVICES"):
+    import torch
+
+    if not torch.cuda.is_available():
         # 16 000 tokens of cache, enough for all that the tests do at once; the default is a gigabyte an engine.
         settings |= {"num_gpu_blocks_override": 128, "block_size": 128}
     engine = LLM(model=str(model), **(settings | options))
