@@ -1,124 +1,36 @@
 """The study behind docs/study.md: methods × sparsity patterns × seeds on tiny-llada, evaluated in pairs.
 
-Each finished cell is one JSON line; a run that is started again skips what is there. `--report` makes the page's table,
-its figure and docs/study-results.json from the lines.
+Each finished cell is one JSON line; a run that is started again skips what is there. `--report` makes
+docs/study-results.json, the figure and the tables in docs/study.md; without `--results` it takes the numbers from the
+committed docs/study-results.json, so that the page can be made again without a run.
 
-    python benchmarks/study.py --results study.jsonl            # about an hour on one core
+    python benchmarks/study.py --results study.jsonl            # an hour and a half on one core
     python benchmarks/study.py --results study.jsonl --report
+    python benchmarks/study.py --report
 """
 
 import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from loguru import logger
+from study_cells import PATTERNS, SWEEPS, SWEPT, Cell, cells, controls, ideas, methods
 from tqdm import tqdm
 
 from sinkprune_plugin.diffusion import RowScores, resolve_diffusion, score_windows
+from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
-from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot, stock_modifier
-from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
-from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
+from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot
 from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
 
-SEEDS = (0, 1, 2)
-# Pattern → sparsity, mask structure.
-PATTERNS = {
-    "50 %": (0.5, "0:0"),
-    "60 %": (0.6, "0:0"),
-    "75 %": (0.75, "0:0"),
-    "2:4": (0.5, "2:4"),
-    "4:8": (0.5, "4:8"),
-}
+# Calibration and evaluation.
 WINDOWS, SEQ_LEN = 16, 256
 TEST_WINDOWS, CORRUPTIONS = 24, 8
-# No position is this many standard deviations above the mean: the soft mask is 0 everywhere.
-NO_MASK = 1e6
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One pruning and its evaluation.
-
-    :param group: ``grid`` or the name of a sweep
-    :param method: see :func:`methods`
-    :param pattern: see :data:`PATTERNS`
-    :param seed: of calibration windows and corruption
-    :param value: what is swept, as text; empty in the grid
-    """
-
-    group: str
-    method: str
-    pattern: str
-    seed: int
-    value: str = ""
-
-    @property
-    def key(self) -> str:
-        """Name of the cell in the results."""
-        return "/".join((self.group, self.method, self.pattern, str(self.seed), self.value))
-
-
-Maker = Callable[[float, str, int], Any]
-
-
-def _wanda(**fields: Any) -> Maker:
-    return lambda sparsity, structure, seed: SinkAwareWandaModifier(
-        sparsity=sparsity, mask_structure=structure, seed=seed, **fields
-    )
-
-
-def _sparsegpt(**fields: Any) -> Maker:
-    return lambda sparsity, structure, seed: SinkAwareSparseGPTModifier(
-        sparsity=sparsity, mask_structure=structure, seed=seed, **fields
-    )
-
-
-def methods() -> dict[str, Maker | None]:
-    """Method → its modifier; None for those without one."""
-    return {
-        "magnitude": None,
-        "Wanda": lambda sparsity, structure, _: stock_modifier("WandaPruningModifier", sparsity, structure),
-        "Wanda, corrupted, no mask": _wanda(sink_std=NO_MASK),
-        "sink-aware Wanda": _wanda(),
-        "sink-aware Wanda, transient": _wanda(sink_scope="transient"),
-        "sink-aware Wanda, 1/t": _wanda(timestep_weighting="inverse"),
-        "sink-aware Wanda, 1/t²": _wanda(timestep_weighting="inverse_square"),
-        "sink-aware Wanda, propagated": _wanda(propagate_error=True),
-        "sink-aware Wanda, propagated, 1/t²": _wanda(propagate_error=True, timestep_weighting="inverse_square"),
-        "SparseGPT": lambda sparsity, structure, _: stock_modifier("SparseGPTModifier", sparsity, structure),
-        "SparseGPT, corrupted, no mask": _sparsegpt(sink_std=NO_MASK),
-        "sink-aware SparseGPT, clean": _sparsegpt(calibrate_on="clean"),
-        "sink-aware SparseGPT": _sparsegpt(),
-    }
-
-
-# Sweep → values of its one factor. Windows change the data, the others a field.
-SWEEPS: dict[str, tuple[Any, ...]] = {
-    "windows": (4, 16, 64),
-    "sample_interval": (25, 10, 5),
-    "sink_std": (1.0, 2.0, 3.0),
-}
-SWEPT = {"sink-aware Wanda": _wanda, "sink-aware SparseGPT": _sparsegpt}
-
-
-def cells() -> list[Cell]:
-    """All cells, those that the conclusions rest on first."""
-    grid = [Cell("grid", method, pattern, seed) for seed in SEEDS for pattern in PATTERNS for method in methods()]
-    sweeps = [
-        Cell(sweep, method, pattern, 0, str(value))
-        for sweep, values in SWEEPS.items()
-        for pattern in ("60 %", "2:4")
-        for method in SWEPT
-        for value in values
-    ]
-    return [Cell("grid", "dense", "", 0), *grid, *sweeps]
 
 
 class Bench:
@@ -145,13 +57,13 @@ class Bench:
             prune_by_magnitude(model, sparsity, structure)
             return model, time.monotonic() - started
         windows = WINDOWS
-        maker = methods()[cell.method]
+        maker = (methods() | controls() | ideas())[cell.method]
         if cell.group == "windows":
             windows = int(cell.value)
-        elif cell.group != "grid":
+        elif cell.group in SWEEPS:
             number = SWEEPS[cell.group][0].__class__(float(cell.value))
             maker = SWEPT[cell.method](**{cell.group: number})
-        assert maker is not None
+        assert maker is not None  # magnitude, the one method without, is done above
         data = token_windows(self.calibration_text, self.tokenizer, SEQ_LEN, windows, seed=cell.seed)
         run_oneshot(model, self.tokenizer, maker(sparsity, structure, cell.seed), data)
         return model, time.monotonic() - started
@@ -236,16 +148,20 @@ def run(results: Path, limit: int | None = None) -> None:
 def main() -> None:
     """Run, or make the report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=Path("study.jsonl"))
+    parser.add_argument("--results", type=Path, help="JSON lines (default: study.jsonl; with --report the page's own)")
     parser.add_argument("--limit", type=int, help="cells at most")
-    parser.add_argument("--report", action="store_true", help="make the results' files and print the tables")
+    parser.add_argument("--report", action="store_true", help="make tables, figure and docs/study-results.json")
     arguments = parser.parse_args()
     if arguments.report:
-        from study_report import write_report
+        from study_report import DOCS, committed_records, write_report
 
-        write_report(list(finished(arguments.results)))
+        records = finished(arguments.results) if arguments.results else committed_records(DOCS)
+        try:
+            write_report(list(records), DOCS)
+        except UsageError as error:
+            parser.exit(2, f"{error}\n")
     else:
-        run(arguments.results, arguments.limit)
+        run(arguments.results or Path("study.jsonl"), arguments.limit)
 
 
 if __name__ == "__main__":

@@ -1,182 +1,218 @@
-"""From the study's lines to docs/study-results.json, docs/images/study.png and the tables of docs/study.md."""
+"""From the study's cells to docs/study-results.json, the tables of docs/study.md and docs/images/study.png."""
 
 import json
-import math
 import statistics
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Difference", "paired_difference", "write_report"]
+from study_cells import FEWER_PATTERNS, PATTERNS, SWEEPS, SWEPT, SWEPT_PATTERNS, cells, ideas, methods
+from study_statistics import Difference, Windows, paired_difference, perplexity
+
+from sinkprune_plugin.errors import UsageError
+
+__all__ = ["COMPARISONS", "DOCS", "Runs", "committed_records", "load_runs", "tables", "write_report"]
 
 DOCS = Path(__file__).parent.parent / "docs"
-QUANTILE = 1.96
+DIGITS = 6  # of a window's loss in the committed results
 
-Difference = tuple[float, float, float]
-Windows = Sequence[float]
-
-
-def paired_difference(first: Sequence[Windows], second: Sequence[Windows]) -> Difference:
-    """Mean difference of two methods, second less first, with a 95 % confidence interval.
-
-    Windows are the clusters: the seeds of one window share its text and noise, so their differences are averaged
-    before the spread between windows is taken.
-
-    :param first: a list of window losses for each seed
-    :param second: the same for the other method, in the same order
-    :return: difference in nats per token, lower and upper end
-    """
-    by_window = [
-        statistics.fmean(b[window] - a[window] for a, b in zip(first, second, strict=True))
-        for window in range(len(first[0]))
-    ]
-    mean = statistics.fmean(by_window)
-    error = statistics.stdev(by_window) / math.sqrt(len(by_window)) if len(by_window) > 1 else math.inf
-    return mean, mean - QUANTILE * error, mean + QUANTILE * error
-
-
-def perplexity(runs: Sequence[Windows]) -> float:
-    """Perplexity over all windows and seeds.
-
-    :param runs: window losses for each seed
-    """
-    return math.exp(statistics.fmean(loss for run in runs for loss in run))
-
-
-def percent(difference: Difference) -> str:
-    """A difference of losses as a change of the perplexity.
-
-    :param difference: in nats per token
-    """
-    middle, low, high = (100 * (math.exp(value) - 1) for value in difference)
-    return f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
-
-
-def collect(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str, str], list[Windows]]:
-    """Window losses by group, method, pattern and value, one list for each seed in the order of the seeds.
-
-    :param records: lines of the results
-    """
-    found: dict[tuple[str, str, str, str], dict[str, Windows]] = {}
-    for record in records:
-        # Names of methods hold no slash but in "1/t".
-        group, *middle, pattern, seed, value = str(record["key"]).split("/")
-        found.setdefault((group, "/".join(middle), pattern, value), {})[seed] = record["windows"]
-    return {key: [runs[seed] for seed in sorted(runs)] for key, runs in found.items()}
-
-
-def write_report(records: Sequence[Mapping[str, Any]]) -> None:
-    """Write the compact results and the figure, and print the tables as Markdown.
-
-    :param records: lines of the results
-    """
-    from study import PATTERNS, SEEDS, SWEEPS, SWEPT, methods
-
-    runs = collect(records)
-    names = list(methods())
-    seconds: dict[str, list[float]] = {}
-    for record in records:
-        parts = str(record["key"]).split("/")
-        if parts[0] == "grid":
-            seconds.setdefault("/".join(parts[1:-3]), []).append(float(record["seconds"]))
-    print_line = sys.stdout.write
-    print_line(f"dense: {perplexity(runs['grid', 'dense', '', '']):.2f}\n\n")
-    print_line("| method | " + " | ".join(PATTERNS) + " | seconds |\n| --- |" + " --- |" * (len(PATTERNS) + 1) + "\n")
-    table: dict[str, Any] = {}
-    for name in names:
-        row = {}
-        for pattern in PATTERNS:
-            cell = runs.get(("grid", name, pattern, ""))
-            if cell and len(cell) == len(SEEDS):
-                row[pattern] = {
-                    "perplexity": round(perplexity(cell), 3),
-                    "by_seed": [round(perplexity([run]), 3) for run in cell],
-                }
-        table[name] = row
-        shown = [f"{row[pattern]['perplexity']:.1f}" if pattern in row else "" for pattern in PATTERNS]
-        print_line(f"| {name} | {' | '.join(shown)} | {statistics.median(seconds.get(name, [0])):.1f} |\n")
-    comparisons = {
-        "calibrating Wanda on corrupted inputs (no mask) against Wanda": ("Wanda", "Wanda, corrupted, no mask"),
-        "the sink mask for Wanda (corrupted)": ("Wanda, corrupted, no mask", "sink-aware Wanda"),
-        "sink-aware Wanda against Wanda": ("Wanda", "sink-aware Wanda"),
-        "transient scope against all": ("sink-aware Wanda", "sink-aware Wanda, transient"),
-        "1/t weights against none": ("sink-aware Wanda", "sink-aware Wanda, 1/t"),
-        "1/t² weights against none": ("sink-aware Wanda", "sink-aware Wanda, 1/t²"),
-        "propagating against not": ("sink-aware Wanda", "sink-aware Wanda, propagated"),
-        "propagating with 1/t² against neither": ("sink-aware Wanda", "sink-aware Wanda, propagated, 1/t²"),
-        "calibrating SparseGPT on corrupted inputs (no mask) against SparseGPT": (
-            "SparseGPT",
-            "SparseGPT, corrupted, no mask",
+# What is compared → method before, method after. One thing alone changes, or the label says what else does.
+COMPARISONS = {
+    "Wanda": {
+        "corrupted inputs alone (both propagated)": ("Wanda", "Wanda, corrupted, no mask, propagated"),
+        "no longer propagating (corrupted, no mask)": (
+            "Wanda, corrupted, no mask, propagated",
+            "Wanda, corrupted, no mask",
         ),
-        "the sink mask for SparseGPT (clean)": ("SparseGPT", "sink-aware SparseGPT, clean"),
-        "the sink mask for SparseGPT (corrupted)": ("SparseGPT, corrupted, no mask", "sink-aware SparseGPT"),
-        "sink-aware SparseGPT against SparseGPT": ("SparseGPT", "sink-aware SparseGPT"),
-        "sink-aware SparseGPT against sink-aware Wanda": ("sink-aware Wanda", "sink-aware SparseGPT"),
-    }
-    print_line("\n| change of the perplexity in % | " + " | ".join(PATTERNS) + " |\n")
-    print_line("| --- |" + " --- |" * len(PATTERNS) + "\n")
-    differences: dict[str, Any] = {}
-    for what, (first, second) in comparisons.items():
-        shown = []
-        differences[what] = {}
-        for pattern in PATTERNS:
-            a, b = runs.get(("grid", first, pattern, "")), runs.get(("grid", second, pattern, ""))
-            if a and b and len(a) == len(b) == len(SEEDS):
-                difference = paired_difference(a, b)
-                differences[what][pattern] = [round(value, 6) for value in difference]
-                clear = difference[1] > 0 or difference[2] < 0
-                shown.append(f"**{percent(difference)}**" if clear else percent(difference))
-            else:
-                shown.append("")
-        print_line(f"| {what} | {' | '.join(shown)} |\n")
-    sweeps: dict[str, Any] = {}
-    for sweep, values in SWEEPS.items():
-        headings = [f"{pattern} {value}" for pattern in ("60 %", "2:4") for value in values]
-        print_line(f"\n| {sweep} | {' | '.join(headings)} |\n| --- |" + " --- |" * len(headings) + "\n")
-        for name in SWEPT:
-            cells = {
-                f"{pattern} {value}": round(perplexity(cell), 3)
-                for pattern in ("60 %", "2:4")
-                for value in values
-                if (cell := runs.get((sweep, name, pattern, str(value))))
-            }
-            sweeps.setdefault(sweep, {})[name] = cells
-            print_line(f"| {name} | {' | '.join(f'{cells[h]:.1f}' if h in cells else '' for h in headings)} |\n")
-    dense = round(perplexity(runs["grid", "dense", "", ""]), 3)
-    content = {"dense": dense, "perplexity": table, "differences_nats": differences, "sweeps": sweeps}
-    (DOCS / "study-results.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draw(table, dense, DOCS / "images" / "study.png")
+        "**sink mask** (corrupted)": ("Wanda, corrupted, no mask", "sink-aware Wanda"),
+        "**sink mask** (corrupted, propagated, 1/t²)": (
+            "Wanda, corrupted, no mask, propagated, 1/t²",
+            "sink-aware Wanda, propagated, 1/t²",
+        ),
+        "transient scope instead of all": ("sink-aware Wanda", "sink-aware Wanda, transient"),
+        "1/t weights": ("sink-aware Wanda", "sink-aware Wanda, 1/t"),
+        "1/t² weights": ("sink-aware Wanda", "sink-aware Wanda, 1/t²"),
+        "propagating": ("sink-aware Wanda", "sink-aware Wanda, propagated"),
+        "propagating (1/t²)": ("sink-aware Wanda, 1/t²", "sink-aware Wanda, propagated, 1/t²"),
+    },
+    "SparseGPT": {
+        "our implementation (clean, no mask)": ("SparseGPT", "our SparseGPT, clean, no mask"),
+        "corrupted inputs alone": ("our SparseGPT, clean, no mask", "SparseGPT, corrupted, no mask"),
+        "**sink mask** (clean)": ("our SparseGPT, clean, no mask", "sink-aware SparseGPT, clean"),
+        "**sink mask** (corrupted)": ("SparseGPT, corrupted, no mask", "sink-aware SparseGPT"),
+    },
+}
+
+Runs = Mapping[tuple[str, str, str, str], Sequence[Windows]]
 
 
-def draw(table: Mapping[str, Any], dense: float, file: Path) -> None:
-    """The figure: perplexity relative to dense, by pattern and method.
+def committed_records(docs: Path) -> Iterator[dict[str, Any]]:
+    """Cells of the committed results.
 
-    :param table: method → pattern → numbers
-    :param dense: perplexity of the dense model
-    :param file: PNG to write
+    :param docs: folder with study-results.json
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    content = json.loads((docs / "study-results.json").read_text(encoding="utf-8"))
+    for key, cell in content["cells"].items():
+        yield {"key": key, **cell}
 
-    patterns = list(next(iter(table.values())))
-    figure = Figure(figsize=(11, 5.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(patterns), sharey=True)
-    names = list(table)
-    for panel, pattern in zip(panels, patterns, strict=True):
-        for place, name in enumerate(names):
-            if pattern not in table[name]:
-                continue
-            color = "#d1495b" if "SparseGPT" in name else "#3b6ea8" if "Wanda" in name else "#888888"
-            change = [100 * (each / dense - 1) for each in table[name][pattern]["by_seed"]]
-            panel.plot(statistics.fmean(change), place, marker="o", color=color)
-            panel.plot([min(change), max(change)], [place, place], color=color, linewidth=1.5)
-        panel.set_title(pattern, fontsize=10)
-        panel.set_xscale("symlog", linthresh=20)
-        panel.grid(alpha=0.25)
-        panel.set_xlabel("% over dense", fontsize=9)
-    panels[0].set_yticks(range(len(names)), names, fontsize=9)
-    panels[0].invert_yaxis()
-    figure.suptitle("ELBO perplexity over dense, tiny-llada, three seeds (dot: mean, line: range)", x=0.01, ha="left")
-    figure.savefig(file)
+
+def load_runs(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str, str], list[Windows]]:
+    """Window losses by group, method, pattern and swept value, one list for each seed in the order of the seeds.
+
+    :param records: all cells
+    :raises UsageError: if a cell is missing or has another number of windows
+    """
+    by_key = {str(record["key"]): record["windows"] for record in records}
+    expected = cells()
+    missing = [cell.key for cell in expected if cell.key not in by_key]
+    if missing:
+        raise UsageError(f"{len(missing)} of {len(expected)} cells are not done, first {missing[0]!r}; run them first")
+    count = len(by_key[expected[0].key])
+    runs: dict[tuple[str, str, str, str], list[Windows]] = {}
+    for cell in sorted(expected, key=lambda each: each.seed):
+        if len(by_key[cell.key]) != count:
+            raise UsageError(
+                f"cell {cell.key!r} has {len(by_key[cell.key])} test windows, the dense one has {count}; "
+                "start a new results file"
+            )
+        windows = [round(loss, DIGITS) for loss in by_key[cell.key]]
+        runs.setdefault((cell.group, cell.method, cell.pattern, cell.value), []).append(windows)
+    return runs
+
+
+def of_method(runs: Runs, method: str, pattern: str) -> Sequence[Windows] | None:
+    """Losses of a method in the grid, the controls or the ideas; None where it wasn't run.
+
+    :param runs: see :func:`load_runs`
+    :param method: its name
+    :param pattern: sparsity pattern
+    """
+    found = (runs.get((group, method, pattern, "")) for group in ("grid", "controls", "ideas"))
+    return next((run for run in found if run is not None), None)
+
+
+def show(difference: Difference) -> str:
+    """A change of the perplexity in percent, with the wider half of its interval; bold where it is clear.
+
+    :param difference: to show
+    """
+    low, high = difference.percent_ends
+    text = f"{difference.percent:+.1f} ± {max(high - difference.percent, difference.percent - low):.1f}"
+    return f"**{text.replace('-', '−')}**" if difference.clear else text.replace("-", "−")
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Markdown tables of the page, by name.
+
+    :param records: all cells
+    """
+    runs = load_runs(records)
+    return {
+        "grid": _grid_table(runs, records),
+        **{f"parts-{family}": _parts_table(runs, family) for family in COMPARISONS},
+        "sweeps": _sweep_table(runs),
+        "ideas": _ideas_table(runs),
+    }
+
+
+def _grid_table(runs: Runs, records: Sequence[Mapping[str, Any]]) -> str:
+    seconds = {str(record["key"]): float(record["seconds"]) for record in records}
+    dense = runs["grid", "dense", "", ""]
+    rows = [["dense", *[f"{perplexity(dense):.1f}"] * len(PATTERNS), ""]]
+    for method in methods():
+        stock = "SparseGPT" if "SparseGPT" in method else "Wanda"
+        row = [method]
+        for pattern in PATTERNS:
+            run = runs["grid", method, pattern, ""]
+            change = "" if method == stock else f" ({show(paired_difference(runs['grid', stock, pattern, ''], run))})"
+            row.append(f"{perplexity(run):.1f}{change}")
+        times = [seconds[cell.key] for cell in cells() if cell.group == "grid" and cell.method == method]
+        rows.append([*row, f"{statistics.median(times):.1f}"])
+    return _table(["method", *PATTERNS, "seconds"], rows)
+
+
+def _parts_table(runs: Runs, family: str) -> str:
+    rows = []
+    for label, (before, after) in COMPARISONS[family].items():
+        pairs = [(of_method(runs, before, pattern), of_method(runs, after, pattern)) for pattern in PATTERNS]
+        rows.append([label, *["" if a is None or b is None else show(paired_difference(a, b)) for a, b in pairs]])
+    return _table([family, *PATTERNS], rows)
+
+
+def _sweep_table(runs: Runs) -> str:
+    rows = []
+    for sweep, values in SWEEPS.items():
+        for value in values:
+            row = [f"`{sweep}` {value:g}" if sweep != "windows" else f"{value} windows"]
+            for method in SWEPT:
+                for pattern in SWEPT_PATTERNS:
+                    default, run = runs["grid", method, pattern, ""][:1], runs[sweep, method, pattern, str(value)]
+                    # The default value's cell is that of the grid, made a second time.
+                    change = "" if run == default else f" ({show(paired_difference(default, run))})"
+                    row.append(f"{perplexity(run):.1f}{change}")
+            rows.append(row)
+    return _table(["", *[f"{method}, {pattern}" for method in SWEPT for pattern in SWEPT_PATTERNS]], rows)
+
+
+def _ideas_table(runs: Runs) -> str:
+    rows = []
+    for method in sorted(ideas(), key=lambda each: ("Wanda" not in each, each)):
+        base = "sink-aware Wanda, propagated, 1/t²" if "Wanda" in method else "sink-aware SparseGPT"
+        row = [method]
+        for pattern in FEWER_PATTERNS:
+            run = runs["ideas", method, pattern, ""]
+            change = paired_difference(runs["grid", base, pattern, ""][:1], run)
+            row.append(f"{perplexity(run):.1f} ({show(change)})")
+        rows.append(row)
+    return _table(["idea", *FEWER_PATTERNS], rows)
+
+
+def write_report(records: Sequence[Mapping[str, Any]], docs: Path) -> None:
+    """Write the compact results, the figure and the page's tables.
+
+    :param records: all cells
+    :param docs: folder with study.md
+    """
+    from study_figure import draw
+
+    runs = load_runs(records)
+    page = docs / "study.md"
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables(records).items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise UsageError(f"{page.name} has no single place {start} … {end} for a table; put one in")
+        before, rest = text.split(start)
+        text = f"{before}{start}\n{table}\n{end}{rest.split(end)[1]}"
+    page.write_text(text, encoding="utf-8")
+    (docs / "study-results.json").write_text(_compact(records), encoding="utf-8")
+    draw(runs, docs / "images" / "study.png")
+
+
+def _compact(records: Sequence[Mapping[str, Any]]) -> str:
+    """One line a cell: small, and a change shows in a diff as the cells that changed."""
+    by_key = {str(record["key"]): record for record in records}
+    means: dict[str, Any] = {}
+    for (group, method, pattern, value), run in load_runs(records).items():
+        name = "/".join(part for part in (group, method, pattern, value) if part)
+        means[name] = [round(perplexity([seed]), 3) for seed in run]
+    kept: dict[str, Any] = {}
+    for cell in cells():
+        record = by_key[cell.key]
+        windows = [round(loss, DIGITS) for loss in record["windows"]]
+        kept[cell.key] = {"seconds": record["seconds"], "zeros": record["zeros"], "windows": windows}
+    about = "perplexity: one for each seed. windows: negative Monte-Carlo ELBO of each test window, nats per token"
+    return f'{{\n"about": {json.dumps(about)},\n"perplexity": {_lines(means)},\n"cells": {_lines(kept)}\n}}\n'
+
+
+def _lines(entries: Mapping[str, Any]) -> str:
+    lines = [
+        f"{json.dumps(key, ensure_ascii=False)}: {json.dumps(value, separators=(',', ':'))}"
+        for key, value in entries.items()
+    ]
+    return "{\n" + ",\n".join(lines) + "\n}"
