@@ -37,7 +37,7 @@ demo: setup-core  ## prune the embedded model with our modifiers and the stock o
 	$(BIN)/sinkprune demo --output $(DEMO_OUTPUT) --overwrite
 
 test: setup quality  ## lint, types and the whole test suite
-	$(BIN)/python -m pytest --numprocesses=2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup $(PYTEST_ARGS)
 
 quality: setup-core  ## ruff and mypy, as in .pre-commit-config.yaml
 	$(BIN)/ruff check .
