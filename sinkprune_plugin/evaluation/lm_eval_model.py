@@ -216,6 +216,10 @@ class SinkpruneLM(TemplateLM):
             if self.cfg:
                 raise UsageError(f"cfg {self.cfg} isn't served by vLLM; use backend=transformers")
             self._engine = OfflineEngine(
-                self.pretrained, max_requests=8, max_model_len=self.max_length, canvas_length=self.max_length - 1
+                self.pretrained,
+                max_requests=8,
+                max_model_len=self.max_length,
+                canvas_length=self.max_length - 1,
+                dtype=self.model.dtype,
             )
         return self._engine

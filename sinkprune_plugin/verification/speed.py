@@ -111,7 +111,7 @@ class _TransformersSampler:
 
 
 class _VllmSampler:
-    def __init__(self, directory: Path, workload: Workload) -> None:
+    def __init__(self, directory: Path, workload: Workload, dtype: torch.dtype) -> None:
         from sinkprune_plugin.vllm.offline import OfflineEngine
 
         # vLLM doesn't tell; benchmarks/serving.py measures it.
@@ -121,6 +121,7 @@ class _VllmSampler:
             max_requests=max(workload.batch_sizes),
             max_model_len=workload.prompts.shape[1] + workload.gen_length,
             canvas_length=workload.gen_length,
+            dtype=dtype,
             # Two engines share the machine, so that their runs can take turns.
             gpu_memory_utilization=0.42,
         )
@@ -139,14 +140,15 @@ def transformers_sampler(model: Any, spec: DiffusionSpec) -> Sampler:
     return _TransformersSampler(model, spec)
 
 
-def vllm_sampler(directory: Path, workload: Workload) -> Sampler:
+def vllm_sampler(directory: Path, workload: Workload, dtype: torch.dtype) -> Sampler:
     """vLLM's engine on a checkpoint.
 
     :param directory: the checkpoint
     :param workload: what will be generated, for the engine's limits
+    :param dtype: precision to run in
     :raises UsageError: if vLLM isn't installed or can't start
     """
-    return _VllmSampler(directory, workload)
+    return _VllmSampler(directory, workload, dtype)
 
 
 def compare_speed(

@@ -188,7 +188,8 @@ def _speed(
         rounds=1 if options.quick else 3,
     )
     if options.backend == "vllm":
-        samplers = [vllm_sampler(path, workload) for path in (dense, pruned)]
+        paths = (dense, pruned)
+        samplers = [vllm_sampler(path, workload, model.dtype) for path, model in zip(paths, models, strict=True)]
     else:
         samplers = [transformers_sampler(model, spec) for model in models]
     return compare_speed(samplers[0], samplers[1], workload, progress=True)

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from sinkprune_plugin.errors import UsageError
 
@@ -16,12 +18,20 @@ class OfflineEngine:
     :param max_requests: most requests at once
     :param max_model_len: longest prompt and answer together
     :param canvas_length: longest answer
+    :param dtype: precision to run in; vLLM by itself runs float32 checkpoints in 16 bits
     :param options: further arguments of ``LLM``
     :raises UsageError: if vLLM isn't installed or can't serve the model here
     """
 
     def __init__(
-        self, model: str | Path, *, max_requests: int, max_model_len: int, canvas_length: int, **options: Any
+        self,
+        model: str | Path,
+        *,
+        max_requests: int,
+        max_model_len: int,
+        canvas_length: int,
+        dtype: torch.dtype,
+        **options: Any,
     ) -> None:
         try:
             from vllm import LLM
@@ -29,9 +39,12 @@ class OfflineEngine:
             raise UsageError(
                 "backend vllm needs sinkprune-plugin[vllm]; install it or use the transformers backend"
             ) from error
+        # Compiled graphs pay on a GPU; on a CPU they only make the start longer.
+        options.setdefault("enforce_eager", not torch.cuda.is_available())
         try:
             self._engine = LLM(
                 model=str(model),
+                dtype=cast("Any", str(dtype).removeprefix("torch.")),
                 max_num_seqs=max_requests,
                 max_model_len=max_model_len,
                 diffusion_config={"canvas_length": canvas_length},
