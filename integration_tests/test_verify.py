@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from magnitude import prune_2_of_4
 from safetensors.torch import load_file, save_file
 
 from sinkprune_plugin.formats import convert_checkpoint
@@ -41,10 +42,7 @@ def pruned(tmp_path_factory):
     """tiny-llada with half of each group of four removed by magnitude, sparse on disk."""
     folder = tmp_path_factory.mktemp("verify")
     model = load_model(EMBEDDED_MODEL)
-    for name, weight in model.named_parameters():
-        if ".blocks." in name and weight.dim() == 2:
-            groups = weight.data.view(-1, 4)
-            weight.data = groups.scatter(1, groups.float().abs().topk(2, largest=False).indices, 0).view(weight.shape)
+    prune_2_of_4(model)
     model.save_pretrained(folder / "dense")
     load_tokenizer(EMBEDDED_MODEL).save_pretrained(folder / "dense")
     convert_checkpoint(folder / "dense", folder / "sparse", "sparse-24-bitmask", progress=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from magnitude import prune_2_of_4
 from vllm_engine import HARNESS, use_harness
 
 from sinkprune_plugin.formats import convert_checkpoint
@@ -23,10 +24,7 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("backends")
     model, tokenizer = load_model(EMBEDDED_MODEL, torch.float32), load_tokenizer(EMBEDDED_MODEL)
     model.save_pretrained(folder / "dense")
-    for name, weight in model.named_parameters():
-        if ".blocks." in name and weight.dim() == 2:
-            groups = weight.data.view(-1, 4)
-            weight.data = groups.scatter(1, groups.abs().topk(2, largest=False).indices, 0).view(weight.shape)
+    prune_2_of_4(model)
     model.save_pretrained(folder / "pruned")
     for name in ("dense", "pruned"):
         tokenizer.save_pretrained(folder / name)

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from magnitude import prune_2_of_4
 from vllm_engine import make_engine
 
 from sinkprune_plugin.formats import convert_checkpoint, load_sparse_checkpoint
@@ -74,10 +75,7 @@ def pruned(tmp_path_factory):
     """tiny-llada pruned 2:4 by magnitude, dense and as we export it."""
     folder = tmp_path_factory.mktemp("pruned")
     model = load_model(EMBEDDED_MODEL, torch.float32)
-    for name, weight in model.named_parameters():
-        if ".blocks." in name and weight.dim() == 2:
-            groups = weight.data.view(-1, 4)
-            weight.data = groups.scatter(1, groups.abs().topk(2, largest=False).indices, 0).view(weight.shape)
+    prune_2_of_4(model)
     model.save_pretrained(folder / "dense", max_shard_size="4MB")
     load_tokenizer(EMBEDDED_MODEL).save_pretrained(folder / "dense")
     for name, (to, layout) in {

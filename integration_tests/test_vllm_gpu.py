@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from magnitude import prune_2_of_4
 from vllm_engine import make_engine
 
 from sinkprune_plugin.formats import convert_checkpoint
@@ -76,10 +77,7 @@ def test_bfloat16_with_cuda_graphs_equals_bfloat16_without():
 
 def test_sparse_tensor_cores_against_dense(tmp_path):
     model = load_model(EMBEDDED_MODEL, torch.bfloat16)
-    for name, weight in model.named_parameters():
-        if ".blocks." in name and weight.dim() == 2:
-            groups = weight.data.view(-1, 4)
-            weight.data = groups.scatter(1, groups.float().abs().topk(2, largest=False).indices, 0).view(weight.shape)
+    prune_2_of_4(model)
     model.save_pretrained(tmp_path / "dense")
     load_tokenizer(EMBEDDED_MODEL).save_pretrained(tmp_path / "dense")
     convert_checkpoint(tmp_path / "dense", tmp_path / "sparse", "sparse-24-bitmask", progress=False)

@@ -21,7 +21,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MODIFIER_GROUP", "arm", "register_modifiers"]
+__all__ = ["MODIFIER_GROUP", "arm"]
 
 MODIFIER_GROUP = "llmcompressor.modifiers"
 
@@ -156,11 +156,3 @@ def arm() -> None:
         module = sys.modules.get(name)
         if module is not None and not getattr(module.__spec__, "_initializing", False):
             _act(module, action)
-
-
-def register_modifiers() -> None:
-    """Register the modifiers with llm-compressor now, importing it if need be."""
-    arm()
-    module = importlib.import_module("llmcompressor.modifiers.factory")
-    _fill_factory(module)
-    module.ModifierFactory._registered_registry.fill()

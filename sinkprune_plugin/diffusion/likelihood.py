@@ -8,8 +8,6 @@ and the perplexity is the exponential of its mean over tokens. t is stratified w
 cover all noise levels; the estimate stays unbiased.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -18,6 +16,7 @@ from tqdm import tqdm
 
 from sinkprune_plugin.diffusion.corruption import corrupt, corruptible_positions, sample_generator
 from sinkprune_plugin.diffusion.estimates import Likelihood, PerplexityEstimate, RowScores, estimate_likelihood
+from sinkprune_plugin.diffusion.evaluation_mode import evaluation_mode
 from sinkprune_plugin.diffusion.families import DiffusionSpec, resolve_diffusion
 from sinkprune_plugin.errors import UsageError
 
@@ -245,7 +244,7 @@ def _corrupted_nll(
     device = _input_device(model)
     sums = torch.zeros(clean.shape[0], dtype=torch.float64)
     starts = range(0, clean.shape[0], batch_size)
-    with _evaluating(model):
+    with evaluation_mode(model):
         for start in tqdm(starts, desc="perplexity", unit="batch", disable=None if progress else True):
             rows = slice(start, start + batch_size)
             # No mask where there is no padding: attention without a mask is the faster kernel.
@@ -268,17 +267,6 @@ def _corrupted_nll(
                 )
             sums.index_add_(0, row + start, nll)
     return sums
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _input_device(model: torch.nn.Module) -> torch.device:

@@ -4,9 +4,8 @@ Needs nothing but a model, and is what engines are held to. ``none`` is the publ
 are Fast-dLLM's approximations (arXiv 2505.22618, section 3.2), ``commit`` is for models trained block by block.
 """
 
-import contextlib
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from sinkprune_plugin.diffusion import DiffusionSpec, resolve_diffusion
+from sinkprune_plugin.diffusion.evaluation_mode import evaluation_mode
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.sampling.denoising_batch import DenoisingBatch
 from sinkprune_plugin.sampling.options import SamplingOptions
@@ -111,7 +111,7 @@ def denoise(
         output.trajectory = [torch.empty(0)] * len(prompts)
     total = len(options.blocks) * len(groups)
     with (
-        _evaluating(model),
+        evaluation_mode(model),
         tqdm(total=total, desc="denoising", unit="block", disable=None if progress else True) as bar,
     ):
         for numbers in groups.values():
@@ -133,15 +133,3 @@ def denoise(
                 if return_trajectory:
                     output.trajectory[number] = torch.stack(batch.trajectories[row])
     return output
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        # Not inference mode: its tensors can't be changed in place later.
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
