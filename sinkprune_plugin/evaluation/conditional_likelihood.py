@@ -1,4 +1,4 @@
-"""Log-likelihood of an answer given its context, as LLaDA's evaluation estimates it.
+"""Log-likelihood of answers given their context, as LLaDA's evaluation estimates it.
 
 "Large Language Diffusion Models" (arXiv 2502.09992), section 2.4 and appendix B.5, equation 6: of the answer's L tokens
 a number l, uniform in 1 … L, is masked at random, and
@@ -10,15 +10,20 @@ isn't a whole number, since rounding halves would make even l likelier than odd 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from sinkprune_plugin.diffusion import DiffusionSpec, sample_generator
+from sinkprune_plugin.diffusion.evaluation_mode import evaluation_mode
 from sinkprune_plugin.errors import UsageError
 
-__all__ = ["answer_log_likelihood", "masked_counts"]
+__all__ = ["answer_log_likelihoods", "masked_counts"]
+
+# Masked positions whose logits are held in float32 at a time: 1024 × 126 464 floats are half a GB for LLaDA-8B.
+_POSITIONS_AT_ONCE = 1024
 
 
 def masked_counts(length: int, samples: int, generator: torch.Generator) -> torch.Tensor:
@@ -35,64 +40,125 @@ def masked_counts(length: int, samples: int, generator: torch.Generator) -> torc
     return places.long().clamp(max=length - 1) + 1
 
 
-@torch.no_grad()
-def answer_log_likelihood(
+def answer_log_likelihoods(
     model: Any,
     context: Sequence[int],
-    answer: Sequence[int],
+    answers: Sequence[Sequence[int]],
     spec: DiffusionSpec,
     *,
     mc_num: int = 128,
     batch_size: int = 32,
     cfg: float = 0.0,
     seed: int = 0,
-) -> float:
-    """Estimate log p(answer | context) in nats.
+    ending: Sequence[int] = (),
+) -> list[float]:
+    """Estimate log p(answer | context) in nats, for several answers to one context.
 
-    The noise depends on the seed and the request's own tokens, not on the order of requests.
+    The noise depends on the seed and the tokens of context and answer, not on the other answers or their order. Noisy
+    rows that are the same go through the model once: of an answer of one token there is a single one, and options that
+    are single letters share it.
 
     :param model: transformers model
-    :param context: token ids; may be empty where the family's logits aren't shifted
-    :param answer: token ids, at least one
+    :param context: token ids; may be empty only where the family neither shifts its logits nor keeps the first token
+    :param answers: token ids, at least one each, and all equally many
     :param spec: family and mask token
     :param mc_num: Monte-Carlo samples
-    :param batch_size: samples in a forward pass
-    :param cfg: scale of classifier-free guidance; 0 is off
+    :param batch_size: noisy rows in a forward pass
+    :param cfg: scale s of classifier-free guidance, logits u + (s + 1) (c - u), u those with a masked context; 0 is off
     :param seed: of the noise
-    :return: the estimate, at most 0
-    :raises UsageError: if there is nothing to predict
+    :param ending: token ids behind the answer, seen by the model, never masked and not counted; at least one for a
+        family that keeps a sequence's last token
+    :return: the estimates, at most 0 each
+    :raises UsageError: if there is nothing to predict or the model's logits aren't finite
     """
-    if not answer:
-        raise UsageError("the answer is empty; there is nothing to predict")
-    if spec.logit_shift and not context:
-        raise UsageError(f"a {spec.name} model predicts a token from the one before it; the context can't be empty")
-    tokens = torch.tensor([*context, *answer], dtype=torch.int64)
+    lengths = {len(answer) for answer in answers}
+    if len(lengths) != 1 or 0 in lengths:
+        raise UsageError(f"the answers have {sorted(lengths)} tokens; give answers of equal length, at least 1")
+    if (spec.logit_shift or spec.keep_first) and not context:
+        raise UsageError(f"a {spec.name} model needs a token before the answer; the context can't be empty")
+    if spec.keep_last and not ending:
+        raise UsageError(f"a {spec.name} model keeps a sequence's last token; give an ending such as its EOS token")
+    noisy = [_corrupt(context, answer, ending, spec.mask_token_id, mc_num, seed) for answer in answers]
+    owner = torch.arange(len(noisy)).repeat_interleave(torch.tensor([len(one.rows) for one in noisy]))
+    masked, weights = torch.cat([one.masked for one in noisy]), torch.cat([one.weights for one in noisy])
+    targets = torch.tensor([list(answer) for answer in answers], dtype=torch.int64)
+    rows, place = torch.cat([one.rows for one in noisy]).unique(dim=0, return_inverse=True)
+    begin = len(context)
+    totals = torch.zeros(len(noisy), dtype=torch.float64)
+    with evaluation_mode(model):
+        for first in range(0, len(rows), batch_size):
+            logits = _logits(model, rows[first : first + batch_size], begin, spec.mask_token_id, cfg)
+            used = ((place >= first) & (place < first + batch_size)).nonzero()[:, 0]
+            which, column = masked[used].nonzero(as_tuple=True)
+            source = used[which]
+            # The logits that predict the answer are those of its positions, or of the positions before.
+            losses = _losses(
+                logits, place[source] - first, begin + column - spec.logit_shift, targets, owner[source], column
+            )
+            totals.index_add_(0, owner[source], -losses * weights[source])
+    return totals.tolist()
+
+
+@dataclass(frozen=True)
+class _NoisyAnswer:
+    """All different noisy versions of one answer.
+
+    :param rows: (R, T) int64, context, noisy answer and ending
+    :param masked: (R, L) bool
+    :param weights: (R,) float64, what a masked token's loss counts: L / l for each sample that drew the row, over all
+        samples
+    """
+
+    rows: torch.Tensor
+    masked: torch.Tensor
+    weights: torch.Tensor
+
+
+def _corrupt(
+    context: Sequence[int], answer: Sequence[int], ending: Sequence[int], mask: int, mc_num: int, seed: int
+) -> _NoisyAnswer:
+    tokens = torch.tensor([*context, *answer, *ending], dtype=torch.int64)
     begin, length = len(context), len(answer)
     generator = sample_generator(seed, mc_num, tokens)
     counts = masked_counts(length, mc_num, generator)
     # The `count` smallest of random keys: every subset of that size is as likely.
     ranks = torch.rand(mc_num, length, generator=generator).argsort(dim=1).argsort(dim=1)
-    masked = ranks < counts[:, None]
-    noisy = tokens.repeat(mc_num, 1)
-    noisy[:, begin:] = torch.where(masked, spec.mask_token_id, noisy[:, begin:])
-    weights = length / counts.double()
-    total = 0.0
-    for rows in torch.arange(mc_num).split(batch_size):
-        logits = _logits(model, noisy[rows], begin, spec, cfg)
-        row, column = masked[rows].nonzero(as_tuple=True)
-        # The logits that predict the answer are those of its positions, or of the positions before.
-        picked = logits[row.to(logits.device), (begin + column - spec.logit_shift).to(logits.device)]
-        losses = F.cross_entropy(picked.float(), tokens[begin + column].to(picked.device), reduction="none")
-        total -= float((losses.double().cpu() * weights[rows][row]).sum())
-    return total / mc_num
+    masked, drawn = (ranks < counts[:, None]).unique(dim=0, return_counts=True)
+    rows = tokens.repeat(len(masked), 1)
+    rows[:, begin : begin + length].masked_fill_(masked, mask)
+    return _NoisyAnswer(rows, masked, drawn.double() * length / masked.sum(dim=1).double() / mc_num)
 
 
-def _logits(model: Any, noisy: torch.Tensor, begin: int, spec: DiffusionSpec, cfg: float) -> torch.Tensor:
-    device = model.device
-    logits = model(input_ids=noisy.to(device)).logits
+def _logits(model: Any, rows: torch.Tensor, begin: int, mask: int, cfg: float) -> torch.Tensor:
+    rows = rows.to(model.device)
+    logits: torch.Tensor = model(input_ids=rows).logits
     if not cfg:
-        return torch.as_tensor(logits)
-    unconditional = noisy.clone()
-    unconditional[:, :begin] = spec.mask_token_id
-    without = model(input_ids=unconditional.to(device)).logits
-    return torch.as_tensor(without + (cfg + 1) * (logits - without))
+        return logits
+    without = rows.clone()
+    without[:, :begin] = mask
+    unconditional: torch.Tensor = model(input_ids=without).logits
+    return unconditional + (cfg + 1) * (logits - unconditional)
+
+
+def _losses(
+    logits: torch.Tensor,
+    row: torch.Tensor,
+    position: torch.Tensor,
+    targets: torch.Tensor,
+    owner: torch.Tensor,
+    column: torch.Tensor,
+) -> torch.Tensor:
+    """-log p of each masked token, (masked tokens,) float64 on CPU."""
+    device = logits.device
+    expected = targets[owner, column].to(device)
+    parts = zip(
+        row.to(device).split(_POSITIONS_AT_ONCE),
+        position.to(device).split(_POSITIONS_AT_ONCE),
+        expected.split(_POSITIONS_AT_ONCE),
+        strict=True,
+    )
+    # In float32: a log-sum-exp over a large vocabulary loses digits in bfloat16.
+    losses = torch.cat([F.cross_entropy(logits[r, p].float(), target, reduction="none") for r, p, target in parts])
+    if not bool(losses.isfinite().all()):
+        raise UsageError("the model's logits hold NaN or Inf; check the weights, or evaluate with dtype=float32")
+    return losses.cpu().double()

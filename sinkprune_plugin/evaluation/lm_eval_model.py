@@ -1,225 +1,224 @@
 """The model class that lm-evaluation-harness knows as ``sinkprune``."""
 
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.evaluation.conditional_likelihood import answer_log_likelihood
+from sinkprune_plugin.evaluation.answer_writer import AnswerWriter
+from sinkprune_plugin.evaluation.conditional_likelihood import answer_log_likelihoods
+from sinkprune_plugin.evaluation.generation_requests import AnswerRequest
+from sinkprune_plugin.evaluation.model_arguments import ModelArguments
 from sinkprune_plugin.loading import default_sequence_length, load_model, load_tokenizer
-from sinkprune_plugin.sampling import SamplingOptions, denoise
+from sinkprune_plugin.sampling import denoise
 
 __all__ = ["SinkpruneLM"]
 
 LONGEST = 4096
-DEFAULT_ANSWER = 256
 
 
 class SinkpruneLM(TemplateLM):
     """A diffusion LM, dense or sparse, for lm-evaluation-harness.
 
     :param pretrained: checkpoint directory or hub name
-    :param backend: what generates answers: ``transformers`` or ``vllm``; likelihoods are always transformers'
-    :param mc_num: Monte-Carlo samples of a likelihood
-    :param cfg: scale of classifier-free guidance
-    :param block_length: tokens in a block of an answer
-    :param steps: denoising steps of an answer; default one for each token
-    :param cache: cache mode of an answer
-    :param check_greedy: also find out whether the answer is what the model would write; costs as many forward passes
-        as the answer has tokens, and only tasks such as LAMBADA's accuracy use it
-    :param max_length: longest context and answer; default the model's, at most 4096
-    :param batch_size: rows in a forward pass
-    :param device: default the GPU if there is one
-    :param dtype: ``auto``, ``float32`` or ``bfloat16``
-    :param seed: of all noise
-    :raises UsageError: on wrong arguments
+    :param arguments: see :class:`~sinkprune_plugin.evaluation.model_arguments.ModelArguments`
+    :raises UsageError: on wrong arguments, or if tokenizer or configuration can't be loaded
     """
 
-    def __init__(
-        self,
-        pretrained: str,
-        backend: str = "transformers",
-        mc_num: int = 128,
-        cfg: float = 0.0,
-        block_length: int = 32,
-        steps: int | None = None,
-        cache: str = "none",
-        check_greedy: bool = False,
-        max_length: int | None = None,
-        batch_size: int | str = 32,
-        device: str | None = None,
-        dtype: str = "auto",
-        seed: int = 0,
-        **unknown: Any,
-    ) -> None:
+    def __init__(self, pretrained: str | None = None, **arguments: Any) -> None:
         super().__init__()
-        # Passed by the harness itself.
-        for name in ("max_batch_size", "trust_remote_code"):
-            unknown.pop(name, None)
-        if unknown:
-            raise UsageError(f"model argument {sorted(unknown)[0]!r} is unknown to sinkprune; see docs/evaluation.md")
-        if backend not in ("transformers", "vllm"):
-            raise UsageError(f"backend {backend!r} is unknown; use transformers or vllm")
-        if int(mc_num) < 1:
-            raise UsageError(f"mc_num {mc_num} is out of range; use at least 1")
-        # Checked before anything is loaded.
-        SamplingOptions.resolve(gen_length=max(int(block_length), 1), block_length=block_length, cache=cache)
-        self.tokenizer: Any = load_tokenizer(pretrained)
-        self.model: Any = load_model(pretrained, dtype if dtype == "auto" else getattr(torch, dtype))
-        self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.spec = resolve_diffusion(self.model.config, self.tokenizer)
-        self.pretrained, self.backend = pretrained, backend
-        self.mc_num, self.cfg, self.seed = int(mc_num), float(cfg), int(seed)
-        self.block_length, self.steps, self.cache = int(block_length), steps, cache
-        self.check_greedy = check_greedy
-        self.rows = int(batch_size) if str(batch_size).isdigit() else 32
-        self._length = max_length or default_sequence_length(self.model.config, LONGEST)
-        self._engine: Any = None
+        self.arguments = ModelArguments.read({"pretrained": pretrained, **arguments})
+        self.tokenizer: Any = load_tokenizer(self.arguments.pretrained)
+        self.config: Any = _load_config(self.arguments.pretrained)
+        self.spec = resolve_diffusion(self.config, self.tokenizer)
+        self._length = self._longest()
+        # A family that never masks a sequence's last token was trained with one it can see there.
+        self._ending = [self.eot_token_id] if self.spec.keep_last else []
+
+    def _longest(self) -> int:
+        wanted = self.arguments.max_length
+        if wanted is None:
+            return default_sequence_length(self.config, LONGEST)
+        try:
+            limit = default_sequence_length(self.config, wanted)
+        except UsageError:
+            # The configuration names no limit, so the user's is the only one.
+            return wanted
+        if wanted > limit:
+            raise UsageError(f"max_length {wanted} is longer than the model's {limit}; use at most {limit}")
+        return wanted
+
+    @cached_property
+    def model(self) -> Any:
+        """The transformers model, loaded when it is needed: not for answers from vLLM."""
+        dtype = self.arguments.dtype
+        model: Any = load_model(self.arguments.pretrained, dtype if dtype == "auto" else getattr(torch, dtype))
+        return model.to(self.arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @cached_property
+    def _writer(self) -> AnswerWriter:
+        return AnswerWriter(self.arguments, self.config, self.tokenizer, self.spec, self.max_length, lambda: self.model)
 
     @property
     def eot_token_id(self) -> int:
-        """End-of-sequence token, which stands in for an empty context."""
+        """End-of-sequence token."""
         eos = self.tokenizer.eos_token_id
         if eos is None:
-            raise UsageError("the tokenizer has no eos_token, which an empty context needs; set it")
+            raise UsageError("the tokenizer has no eos_token, which ends a text; set it")
         return int(eos)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands in for an empty context: the beginning-of-sequence token, or else the end-of-sequence token."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
 
     @property
     def max_length(self) -> int:
         """Longest context and answer together, in tokens."""
-        return int(self._length)
+        return self._length
 
     @property
     def tokenizer_name(self) -> str:
         """For the harness's cache of requests."""
-        return self.pretrained.replace("/", "__")
+        return self.arguments.pretrained.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """See ``LM``."""
+        if not self.tokenizer.chat_template:
+            raise UsageError("the tokenizer has no chat template; leave --apply_chat_template out")
         text = self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
         return cast("str", text)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Encode text without special tokens."""
-        return cast("list[int]", self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
+        """Token ids of a text, with BOS before them if that was asked for and the text doesn't begin with it."""
+        tokens = cast("list[int]", self.tokenizer.encode(string, add_special_tokens=False))
+        wanted = self.arguments.add_bos_token if add_special_tokens is None else add_special_tokens
+        bos = self.tokenizer.bos_token_id
+        return [bos, *tokens] if wanted and bos is not None and tokens[:1] != [bos] else tokens
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-        results = []
-        quiet = True if kwargs.get("disable_tqdm") else None
-        for pair, context, answer in tqdm(requests, desc="loglikelihood", disable=quiet):
-            room = self.max_length - len(answer)
-            if room < 1:
-                raise UsageError(f"an answer of {len(answer)} tokens doesn't fit max_length {self.max_length}")
-            kept = context[-room:]
-            score = self._score(kept, answer)
-            greedy = self.check_greedy and self._is_greedy(kept, answer)
-            results.append((score, greedy))
-            if pair is not None:
-                self.cache_hook.add_partial("loglikelihood", pair, results[-1])
+        questions: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for number, (_, context, answer) in enumerate(requests):
+            questions.setdefault((tuple(self._fit(context, len(answer))), len(answer)), []).append(number)
+        results = [(0.0, False)] * len(requests)
+        # The longest first: if memory doesn't suffice, that shows at once.
+        order = sorted(questions, key=lambda question: -len(question[0]) - question[1])
+        with tqdm(total=len(requests), desc="loglikelihood", disable=_disable(kwargs.get("disable_tqdm"))) as bar:
+            for context, length in order:
+                numbers = questions[context, length]
+                answers = [requests[number][2] for number in numbers]
+                for number, score, answer in zip(numbers, self._score(context, answers), answers, strict=True):
+                    results[number] = (score, self.arguments.check_greedy and self._is_greedy(context, answer))
+                    if requests[number][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[number][0], results[number])
+                bar.update(len(numbers))
         return results
 
-    def _score(self, context: list[int], answer: list[int]) -> float:
-        return answer_log_likelihood(
+    def _fit(self, context: Sequence[int], length: int) -> list[int]:
+        room = self.max_length - length - len(self._ending)
+        if room < 1:
+            raise UsageError(f"an answer of {length} tokens doesn't fit max_length {self.max_length}; raise it")
+        return list(context[-room:]) or [self.prefix_token_id]
+
+    def _score(self, context: Sequence[int], answers: Sequence[Sequence[int]]) -> list[float]:
+        return answer_log_likelihoods(
             self.model,
             context,
-            answer,
+            answers,
             self.spec,
-            mc_num=self.mc_num,
-            batch_size=self.rows,
-            cfg=self.cfg,
-            seed=self.seed,
+            mc_num=self.arguments.mc_num,
+            batch_size=self.arguments.batch_size,
+            cfg=self.arguments.cfg,
+            seed=self.arguments.seed,
+            ending=self._ending,
         )
 
-    def _is_greedy(self, context: list[int], answer: list[int]) -> bool:
+    def _is_greedy(self, context: Sequence[int], answer: Sequence[int]) -> bool:
         written = denoise(
-            self.model, torch.tensor(context), gen_length=len(answer), block_length=len(answer), spec=self.spec
+            self.model,
+            torch.tensor(context),
+            gen_length=len(answer),
+            block_length=len(answer),
+            cfg_scale=self.arguments.cfg,
+            spec=self.spec,
         )
-        return written.sequences[0].tolist() == answer
+        return written.sequences[0].tolist() == list(answer)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in pieces of the longest length, each given the end of the last.
+        """Log-likelihood of whole texts, in the harness's windows: of the longest length, each token predicted once.
 
         :param requests: with the text as their only argument
         :param disable_tqdm: no progress bar
         :return: nats
         """
         results = []
-        for request in tqdm(requests, desc="loglikelihood_rolling", disable=True if disable_tqdm else None):
-            (text,) = request.args
-            tokens = self.tok_encode(text)
-            context, total = [self.eot_token_id], 0.0
-            for begin in range(0, len(tokens), self.max_length - 1):
-                piece = tokens[begin : begin + self.max_length - 1]
-                total += self._score(context, piece)
-                context = piece[-1:]
-            results.append(total)
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        for request in tqdm(requests, desc="loglikelihood_rolling", disable=_disable(disable_tqdm)):
+            windows = get_rolling_token_windows(
+                self.tok_encode(request.args[0], add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length - 1 - len(self._ending),
+                context_len=1,
+            )
+            pieces = map(make_disjoint_window, windows)
+            total = sum(self._score(context, [piece])[0] for context, piece in pieces)
+            results.append(float(total))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, results[-1])
         return results
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Denoise answers and cut them at the stop strings.
 
-        :param requests: with context and ``gen_kwargs`` (``until``, ``max_gen_toks``, ``temperature``)
+        :param requests: with context and ``gen_kwargs``, see :class:`AnswerRequest`
         :param disable_tqdm: no progress bar
         :return: answers
         """
-        answers = []
-        for request in tqdm(requests, desc="generate_until", disable=True if disable_tqdm else None):
-            context, settings = request.args
-            until = settings.get("until") or []
-            until = [until] if isinstance(until, str) else list(until)
-            length = int(settings.get("max_gen_toks", DEFAULT_ANSWER))
-            room = self.max_length - length
-            if room < 1:
-                raise UsageError(f"max_gen_toks {length} leaves no room for a context within {self.max_length} tokens")
-            prompt = self.tok_encode(context)[-room:] or [self.eot_token_id]
-            temperature = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
-            text = self.tokenizer.decode(self._generate(prompt, length, temperature), skip_special_tokens=True)
-            for stop in until:
-                text = text.split(stop)[0] if stop else text
-            answers.append(text)
-            self.cache_hook.add_partial("generate_until", request.args, text)
+        groups: dict[tuple[AnswerRequest, int], list[int]] = {}
+        prompts, seen = [], Counter[str]()
+        # All are checked before the first one is answered.
+        for number, request in enumerate(requests):
+            context, given = request.args
+            wanted = AnswerRequest.read(given)
+            self._writer.check(wanted)
+            prompts.append(self._fit(self.tok_encode(context), wanted.length))
+            # A task that asks the same several times wants different samples.
+            key = f"{context}\0{wanted}"
+            groups.setdefault((wanted, self.arguments.seed + seen[key]), []).append(number)
+            seen[key] += 1
+        answers = [""] * len(requests)
+        with tqdm(total=len(requests), desc="generate_until", disable=_disable(disable_tqdm)) as bar:
+            for (wanted, seed), members in groups.items():
+                for numbers in self._writer.batches(members, prompts):
+                    texts = self._writer.write([prompts[number] for number in numbers], wanted, seed)
+                    for number, text in zip(numbers, texts, strict=True):
+                        answers[number] = text
+                        self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                    bar.update(len(numbers))
         return answers
 
-    def _generate(self, prompt: list[int], length: int, temperature: float) -> list[int]:
-        block = min(self.block_length, length)
-        eos = self.tokenizer.eos_token_id
-        if self.backend == "vllm":
-            options: dict[str, Any] = {"dlm_block_length": block, "dlm_cache": self.cache, "dlm_seed": self.seed}
-            options |= {"dlm_temperature": temperature} | ({"dlm_steps": self.steps} if self.steps else {})
-            (tokens,) = self._vllm().generate([prompt], length, options, ignore_eos=False)
-            return cast("list[int]", tokens)
-        written = denoise(
-            self.model,
-            torch.tensor(prompt),
-            gen_length=length,
-            block_length=block,
-            steps=self.steps,
-            cache=self.cache,
-            temperature=temperature,
-            cfg_scale=self.cfg,
-            seed=self.seed,
-            spec=self.spec,
-            eos_token_ids=[] if eos is None else [eos],
-        )
-        return cast("list[int]", written.sequences[0].tolist())
 
-    def _vllm(self) -> Any:
-        if self._engine is None:
-            from sinkprune_plugin.vllm.offline import OfflineEngine
+def _load_config(name: str) -> Any:
+    from transformers import AutoConfig
 
-            if self.cfg:
-                raise UsageError(f"cfg {self.cfg} isn't served by vLLM; use backend=transformers")
-            self._engine = OfflineEngine(
-                self.pretrained,
-                max_requests=8,
-                max_model_len=self.max_length,
-                canvas_length=self.max_length - 1,
-                dtype=self.model.dtype,
-            )
-        return self._engine
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"can't load the configuration {name}: {reason}") from error
+
+
+def _disable(asked: Any) -> bool | None:
+    # None: shown on a terminal only.
+    return True if asked else None
