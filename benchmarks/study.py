@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from loguru import logger
-from study_cells import PATTERNS, SWEEPS, SWEPT, Cell, cells, controls, ideas, methods
+from study_cells import PATTERNS, SWEEPS, SWEPT, Cell, cells, controls, methods
 from tqdm import tqdm
 
 from sinkprune_plugin.diffusion import RowScores, resolve_diffusion, score_windows
@@ -57,7 +57,7 @@ class Bench:
             prune_by_magnitude(model, sparsity, structure)
             return model, time.monotonic() - started
         windows = WINDOWS
-        maker = (methods() | controls() | ideas())[cell.method]
+        maker = (methods() | controls())[cell.method]
         if cell.group == "windows":
             windows = int(cell.value)
         elif cell.group in SWEEPS:

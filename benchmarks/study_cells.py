@@ -1,10 +1,8 @@
-"""What the study runs: methods, patterns, seeds, one-factor sweeps, controls and ideas."""
+"""What the study runs: methods, patterns, seeds, one-factor sweeps and controls."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from sinkprune_plugin.modifiers.oneshot_flow import stock_modifier
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
@@ -27,8 +25,8 @@ NO_MASK = 1e6
 class Cell:
     """One pruning and its evaluation.
 
-    :param group: ``grid``, ``controls``, ``ideas`` or the name of a sweep
-    :param method: a key of :func:`methods`, :func:`controls` or :func:`ideas`
+    :param group: ``grid``, ``controls`` or the name of a sweep
+    :param method: a key of :func:`methods` or :func:`controls`
     :param pattern: see :data:`PATTERNS`
     :param seed: of calibration windows and corruption
     :param value: what is swept, as text; empty in the grid
@@ -95,46 +93,15 @@ def controls() -> dict[str, Maker]:
     }
 
 
-def ideas() -> dict[str, Maker]:
-    """Method → its modifier, for what is no option or no default yet."""
-    found: dict[str, Maker] = {
-        "sink-aware SparseGPT, 1/t": _sparsegpt(timestep_weighting="inverse"),
-        "sink-aware SparseGPT, transient": _sparsegpt(sink_scope="transient"),
-    }
-    for scale in (0.1, 0.001):
-        found[f"sink-aware SparseGPT, mask rows × {scale}"] = _scaled_mask_rows(SinkAwareSparseGPTModifier, scale)
-        found[f"sink-aware Wanda, propagated, 1/t², mask rows × {scale}"] = _scaled_mask_rows(
-            SinkAwareWandaModifier, scale, propagate_error=True, timestep_weighting="inverse_square"
-        )
-    return found
-
-
-def _scaled_mask_rows(modifier: type, scale: float, **fields: Any) -> Maker:
-    class ScaledMaskRows(modifier):
-        """Rows of mask tokens count less in the statistics; possible from outside where pruning is block by block."""
-
-        def _prune_block_by_block(self, model: Any, runner: Any, passes: list[Any]) -> None:
-            mask_id = self._corruption.spec.mask_token_id
-            scaled = [
-                (batch, ids, weights * torch.where(ids == mask_id, scale, 1.0).to(weights.device))
-                for batch, ids, weights in passes
-            ]
-            super()._prune_block_by_block(model, runner, scaled)
-
-    return lambda sparsity, structure, seed: ScaledMaskRows(
-        sparsity=sparsity, mask_structure=structure, seed=seed, **fields
-    )
-
-
-# Sweep → values of its one factor. Windows change the data, the others a field.
+# Sweep → values of its one factor beside the grid's (16, 5 and 2). Windows change the data, the others a field.
 SWEEPS: dict[str, tuple[Any, ...]] = {
-    "windows": (4, 16, 64),
-    "sample_interval": (25, 10, 5),
-    "sink_std": (1.0, 2.0, 3.0),
+    "windows": (4, 64),
+    "sample_interval": (25, 10),
+    "sink_std": (1.0, 3.0),
 }
 SWEPT = {"sink-aware Wanda": _wanda, "sink-aware SparseGPT": _sparsegpt}
 SWEPT_PATTERNS = ("60 %", "2:4")
-# Of controls and ideas.
+# Of controls.
 FEWER_PATTERNS = ("60 %", "75 %", "2:4")
 
 
@@ -151,5 +118,4 @@ def cells() -> list[Cell]:
     control = [
         Cell("controls", method, pattern, seed) for seed in SEEDS for pattern in FEWER_PATTERNS for method in controls()
     ]
-    idea = [Cell("ideas", method, pattern, 0) for pattern in FEWER_PATTERNS for method in ideas()]
-    return [Cell("grid", "dense", "", 0), *grid, *sweeps, *control, *idea]
+    return [Cell("grid", "dense", "", 0), *grid, *sweeps, *control]

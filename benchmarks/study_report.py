@@ -151,9 +151,7 @@ def _sweep_table(runs: Runs) -> str:
             for method in SWEPT:
                 for pattern in SWEPT_PATTERNS:
                     default, run = runs["grid", method, pattern, ""][:1], runs[sweep, method, pattern, str(value)]
-                    # The default value's cell is that of the grid, made a second time.
-                    change = "" if run == default else f" ({show(paired_difference(default, run))})"
-                    row.append(f"{perplexity(run):.1f}{change}")
+                    row.append(f"{perplexity(run):.1f} ({show(paired_difference(default, run))})")
             rows.append(row)
     return _table(["", *[f"{method}, {pattern}" for method in SWEPT for pattern in SWEPT_PATTERNS]], rows)
 

@@ -1,5 +1,6 @@
 """The study's grid, its resumption, its statistics and its page; the runs themselves take over an hour."""
 
+import json
 import math
 import random
 import statistics
@@ -64,15 +65,14 @@ def test_the_grid_is_whole_and_every_cell_has_its_own_key(study):
         by_group.setdefault(cell.group, []).append(cell)
     # 13 methods × 5 patterns × 3 seeds, and dense once.
     assert len(by_group.pop("grid")) == 1 + 13 * 5 * 3
-    # 3 controls × 3 patterns × 3 seeds; 6 ideas × 3 patterns.
+    # 3 controls × 3 patterns × 3 seeds.
     assert len(by_group.pop("controls")) == 27
-    assert len(by_group.pop("ideas")) == 18
-    # 3 values × 2 patterns × 2 methods.
-    assert {name: len(group) for name, group in by_group.items()} == dict.fromkeys(study.SWEEPS, 12)
+    # 2 values × 2 patterns × 2 methods.
+    assert {name: len(group) for name, group in by_group.items()} == dict.fromkeys(study.SWEEPS, 8)
 
 
 def test_every_method_makes_a_modifier_for_every_pattern(study):
-    makers = study.methods() | study.controls() | study.ideas()
+    makers = study.methods() | study.controls()
     assert [name for name, maker in makers.items() if maker is None] == ["magnitude"]
     for name, maker in makers.items():
         for sparsity, structure in study.PATTERNS.values():
@@ -295,3 +295,18 @@ def test_a_page_without_a_place_for_a_table_is_refused(study, report, tmp_path):
     (tmp_path / "study.md").write_text("no place\n")
     with pytest.raises(UsageError, match="no single place <!-- grid -->"):
         report.write_report(made_up_records(study), tmp_path)
+
+
+def test_the_committed_page_shows_the_committed_results(report):
+    page = (DOCS / "study.md").read_text(encoding="utf-8")
+    for name, table in report.tables(list(report.committed_records(DOCS))).items():
+        assert f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in page, f"run benchmarks/study.py --report ({name})"
+
+
+def test_the_committed_results_are_of_all_cells_and_of_models_as_sparse_as_asked(study):
+    content = json.loads((DOCS / "study-results.json").read_text(encoding="utf-8"))
+    assert list(content["cells"]) == [cell.key for cell in study.cells()]
+    for cell in study.cells():
+        expected = study.PATTERNS[cell.pattern][0] if cell.pattern else 0.0
+        # floor(columns · 0.6) of each row of 128 and more columns.
+        assert content["cells"][cell.key]["zeros"] == pytest.approx(expected, abs=0.008), cell.key
