@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from sinkprune_plugin.diffusion import elbo_perplexity
-from sinkprune_plugin.formats import load_sparse_checkpoint
+from sinkprune_plugin.info import inspect_checkpoint
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 from sinkprune_plugin.outputs import check_output, new_directory
 from sinkprune_plugin.provenance import write_provenance
+from sinkprune_plugin.structure import ZeroCount
 from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
 from sinkprune_plugin.verification.report import print_report
 from sinkprune_plugin.verification.verify import VerifyOptions, verify
@@ -113,17 +114,17 @@ def _methods(sparsity: float, seed: int) -> dict[str, Callable[[], Any]]:
 
 
 def _row(method: str, checkpoint: Path, test: torch.Tensor, seconds: float, seed: int) -> DemoRow:
-    model = load_model(checkpoint, torch.float32)
-    estimate = elbo_perplexity(model, test, num_samples=CORRUPTIONS, seed=seed)
-    weights = zeros = 0
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and ".blocks." in name:
-            weights += module.weight.numel()
-            zeros += int((module.weight == 0).sum())
-    stored = load_sparse_checkpoint(checkpoint)
-    size = sum(file.stat().st_size for file in stored.files)
+    estimate = elbo_perplexity(load_model(checkpoint, torch.float32), test, num_samples=CORRUPTIONS, seed=seed)
+    stored = inspect_checkpoint(checkpoint)
+    zeros = ZeroCount.total([layer.count for layer in stored.linears])
     return DemoRow(
-        method, zeros / weights, estimate.perplexity, estimate.standard_error, seconds, str(stored.format), size
+        method,
+        zeros.sparsity,
+        estimate.perplexity,
+        estimate.standard_error,
+        seconds,
+        stored.storage.format.value,
+        stored.file_bytes,
     )
 
 

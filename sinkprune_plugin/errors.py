@@ -7,3 +7,13 @@ class UsageError(ValueError):
     The command line prints it without a traceback and exits with status 2. It derives from ``ValueError``, so
     library callers can catch it as usual and pydantic reports it as a validation error.
     """
+
+
+def reason_of(error: Exception) -> str:
+    """What happened, in one line: libraries say that first and repeat afterwards where help can be found.
+
+    :param error: a library's exception
+    :return: first line of its message, or its type where there is none
+    """
+    message = str(error).strip()
+    return message.splitlines()[0] if message else type(error).__name__

@@ -3,12 +3,19 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.errors import UsageError, reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["EMBEDDED_MODEL", "checkpoint_bytes", "default_sequence_length", "load_model", "load_tokenizer"]
+__all__ = [
+    "EMBEDDED_MODEL",
+    "checkpoint_bytes",
+    "default_sequence_length",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+]
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny-llada"
 
@@ -28,6 +35,21 @@ def load_model(name: str | Path, dtype: Any = "auto") -> "PreTrainedModel":
     except (OSError, ValueError, KeyError) as error:
         raise _unloadable("model", name, error) from error
     return model.eval()
+
+
+def load_config(name: str | Path) -> Any:
+    """Load a model's configuration without executing anything from the checkpoint.
+
+    :param name: directory or hub name
+    :return: the configuration
+    :raises UsageError: if it can't be loaded
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable("configuration", name, error) from error
 
 
 def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
@@ -68,6 +90,4 @@ def default_sequence_length(config: Any, longest: int) -> int:
 def _unloadable(what: str, name: str | Path, error: Exception) -> UsageError:
     if isinstance(error, UsageError):
         return error
-    # The first line of transformers' messages says what happened, the rest repeats where help can be found.
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UsageError(f"can't load the {what} {name}: {reason}")
+    return UsageError(f"can't load the {what} {name}: {reason_of(error)}")

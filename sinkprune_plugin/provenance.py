@@ -39,11 +39,13 @@ def provenance(**settings: Any) -> dict[str, Any]:
     }
 
 
-def write_provenance(directory: Path, **settings: Any) -> None:
+def write_provenance(directory: Path, **settings: Any) -> dict[str, Any]:
     """Write :func:`provenance` into a directory.
 
     :param directory: where the artifact is
     :param settings: see :func:`provenance`
+    :return: what was written
     """
-    text = json.dumps(provenance(**settings), indent=2)
-    (directory / PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
+    record = provenance(**settings)
+    (directory / PROVENANCE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record

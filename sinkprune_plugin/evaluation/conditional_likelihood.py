@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from sinkprune_plugin.diffusion import DiffusionSpec, sample_generator
 from sinkprune_plugin.diffusion.evaluation_mode import evaluation_mode
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.sampling.guidance import guided_logits
 
 __all__ = ["answer_log_likelihoods", "masked_counts"]
 
@@ -132,12 +133,7 @@ def _corrupt(
 def _logits(model: Any, rows: torch.Tensor, begin: int, mask: int, cfg: float) -> torch.Tensor:
     rows = rows.to(model.device)
     logits: torch.Tensor = model(input_ids=rows).logits
-    if not cfg:
-        return logits
-    without = rows.clone()
-    without[:, :begin] = mask
-    unconditional: torch.Tensor = model(input_ids=without).logits
-    return unconditional + (cfg + 1) * (logits - unconditional)
+    return guided_logits(model, rows, logits, begin, mask, cfg) if cfg else logits
 
 
 def _losses(

@@ -16,7 +16,7 @@ from sinkprune_plugin.evaluation.answer_writer import AnswerWriter
 from sinkprune_plugin.evaluation.conditional_likelihood import answer_log_likelihoods
 from sinkprune_plugin.evaluation.generation_requests import AnswerRequest
 from sinkprune_plugin.evaluation.model_arguments import ModelArguments
-from sinkprune_plugin.loading import default_sequence_length, load_model, load_tokenizer
+from sinkprune_plugin.loading import default_sequence_length, load_config, load_model, load_tokenizer
 from sinkprune_plugin.sampling import denoise
 
 __all__ = ["SinkpruneLM"]
@@ -36,7 +36,7 @@ class SinkpruneLM(TemplateLM):
         super().__init__()
         self.arguments = ModelArguments.read({"pretrained": pretrained, **arguments})
         self.tokenizer: Any = load_tokenizer(self.arguments.pretrained)
-        self.config: Any = _load_config(self.arguments.pretrained)
+        self.config: Any = load_config(self.arguments.pretrained)
         self.spec = resolve_diffusion(self.config, self.tokenizer)
         self._length = self._longest()
         # A family that never masks a sequence's last token was trained with one it can see there.
@@ -207,16 +207,6 @@ class SinkpruneLM(TemplateLM):
                         self.cache_hook.add_partial("generate_until", requests[number].args, text)
                     bar.update(len(numbers))
         return answers
-
-
-def _load_config(name: str) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"can't load the configuration {name}: {reason}") from error
 
 
 def _disable(asked: Any) -> bool | None:

@@ -6,6 +6,7 @@ import torch
 
 from sinkprune_plugin.diffusion import DiffusionSpec
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.sampling.guidance import guided_logits
 from sinkprune_plugin.sampling.kv_cache import KeyValueCache
 from sinkprune_plugin.sampling.options import REMASKINGS, SamplingOptions
 from sinkprune_plugin.sampling.select import select_unmask
@@ -162,14 +163,11 @@ class DenoisingBatch:
             return torch.as_tensor(self._model(input_ids=tokens, position_ids=positions).logits)
 
     def _guided(self, logits: torch.Tensor) -> torch.Tensor:
-        """Classifier-free guidance as in LLaDA's sampler: away from what is predicted without the prompt."""
         if not self._options.cfg_scale:
             return logits
-        tokens = self._tokens[self._active].clone()
-        tokens[:, : self._prompt_length] = self._spec.mask_token_id
         self.forwards += 1
-        without = self._model(input_ids=tokens).logits
-        return torch.as_tensor(without + (self._options.cfg_scale + 1) * (logits - without))
+        tokens, mask = self._tokens[self._active], self._spec.mask_token_id
+        return guided_logits(self._model, tokens, logits, self._prompt_length, mask, self._options.cfg_scale)
 
     def _retire(self, begin: int, end: int) -> None:
         """Leave rows out of further blocks whose block holds an end-of-sequence token."""

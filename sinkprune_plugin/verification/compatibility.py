@@ -1,7 +1,7 @@
 """Whether one checkpoint can have come from the other by pruning."""
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +10,9 @@ import torch
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import CheckpointReader, load_sparse_checkpoint
 from sinkprune_plugin.formats.safetensors_header import TORCH_DTYPES
+from sinkprune_plugin.info import LayerInfo
 
-__all__ = ["Sizes", "check_derived", "check_tokenizers", "memory_bytes", "natural_zeros"]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of one model in bytes.
-
-    :param disk: its weight files
-    :param memory: its parameters and buffers, loaded
-    """
-
-    disk: int
-    memory: int
+__all__ = ["check_derived", "check_tokenizers", "memory_bytes", "natural_zeros"]
 
 
 def check_derived(dense: Path, pruned: Path) -> None:
@@ -66,21 +55,20 @@ def check_tokenizers(dense: Any, pruned: Any) -> None:
             )
 
 
-def natural_zeros(dense: Path, pruned: Path) -> dict[str, int]:
+def natural_zeros(dense: Path, pruned: Path, layers: Mapping[str, LayerInfo]) -> dict[str, int]:
     """Zeros that pruning didn't make: those at which the dense model has a zero as well, by module type.
 
     :param dense: checkpoint directory
     :param pruned: checkpoint directory
-    :return: last part of the module's name → number of zeros, for the weights of numbered blocks
+    :param layers: module name → its weight, as :func:`~sinkprune_plugin.info.inspect_checkpoint` found them
+    :return: module type → number of zeros, for the weights that modifiers prune by default
     """
     first, second = load_sparse_checkpoint(dense), load_sparse_checkpoint(pruned)
     counts: Counter[str] = Counter()
-    for name in first:
-        if not name.endswith(".weight") or len(first.spec(name).shape) != 2 or name not in second:
-            continue
-        parts = name.split(".")
-        if any(part.isdigit() for part in parts):
-            counts[parts[-2]] += int((_is_zero(first, name) & _is_zero(second, name)).sum())
+    for module, layer in layers.items():
+        name = f"{module}.weight"
+        if layer.role == "linear" and name in first:
+            counts[layer.type] += int((_is_zero(first, name) & _is_zero(second, name)).sum())
     return dict(counts)
 
 

@@ -13,7 +13,7 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.info import inspect_checkpoint
 from sinkprune_plugin.loading import default_sequence_length, load_model, load_tokenizer
 from sinkprune_plugin.outputs import check_output, new_directory
-from sinkprune_plugin.provenance import PROVENANCE_FILE, provenance
+from sinkprune_plugin.provenance import write_provenance
 from sinkprune_plugin.sinks import sink_report
 from sinkprune_plugin.sinks.observe import SinkSettings
 from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
@@ -33,6 +33,7 @@ __all__ = ["VerifyOptions", "verify"]
 
 # Perplexity of longer windows says the same and takes longer.
 LONGEST_WINDOW = 512
+LONGEST_ANSWER, LONGEST_TIMED = 64, 32
 # The quick variant answers in seconds, with intervals that are twice as wide.
 WINDOWS, QUICK_WINDOWS = 24, 8
 SAMPLES, QUICK_SAMPLES = 8, 4
@@ -110,16 +111,17 @@ def verify(
             seed=options.seed,
             progress=True,
         )
-        half = windows.shape[1] // 4
-        prompts = windows[:, : max(1, half)]
+        # A quarter of the window is the prompt, and an answer at most as long, so that both have room.
+        prompts = windows[:, : max(1, windows.shape[1] // 4)]
+        answer = min(LONGEST_ANSWER, prompts.shape[1])
         samples = compare_samples(
             models[0],
             models[1],
             tokenizer,
             prompts[: 2 if options.quick else 4],
             spec,
-            gen_length=_generation(windows),
-            block_length=min(16, _generation(windows)),
+            gen_length=answer,
+            block_length=min(16, answer),
             progress=True,
         )
         speed = _speed(dense, pruned, models, spec, prompts, options)
@@ -131,7 +133,7 @@ def verify(
             "family": spec.name,
             "quality": asdict(quality) | {"increase_percent": quality.increase},
             "samples": asdict(samples),
-            "sparsity": _sparsity(infos, natural_zeros(dense, pruned)),
+            "sparsity": _sparsity(infos, natural_zeros(dense, pruned, infos[1].layers)),
             "size": _sizes(infos, models),
             "speed": {"backend": options.backend, "rows": [asdict(row) for row in speed]},
             "sinks": {name: _sink_summary(report) for name, report in sinks.items()},
@@ -139,7 +141,8 @@ def verify(
         results = check_bars(options.bars, content)
         content["bars"] = [asdict(result) for result in results]
         content["passed"] = all(result.passed for result in results)
-        content["provenance"] = provenance(
+        content["provenance"] = write_provenance(
+            directory,
             backend=options.backend,
             dataset=Path(options.dataset).name if options.dataset else "embedded test text",
             windows=len(windows),
@@ -149,7 +152,6 @@ def verify(
             dtype=options.dtype or "each checkpoint's own",
             recipe=_recipe(pruned),
         )
-        (directory / PROVENANCE_FILE).write_text(json.dumps(content["provenance"], indent=2) + "\n", encoding="utf-8")
         write_report(directory, content)
     written: dict[str, Any] = json.loads((output / JSON_FILE).read_text(encoding="utf-8"))
     return written
@@ -160,11 +162,6 @@ def _windows(model: Any, tokenizer: Any, options: VerifyOptions) -> torch.Tensor
     source = options.dataset if options.dataset is not None else embedded_text("test")
     count = QUICK_WINDOWS if options.quick else WINDOWS
     return token_windows(read_documents(source), tokenizer, length, count, seed=options.seed)
-
-
-def _generation(windows: torch.Tensor) -> int:
-    """Tokens of an answer: a quarter of the window is its prompt, and the rest must have room."""
-    return int(min(64, max(1, windows.shape[1] // 4)))
 
 
 def _ar_sinks(options: VerifyOptions, windows: torch.Tensor, directory: Path, settings: SinkSettings) -> Any:
@@ -178,7 +175,7 @@ def _ar_sinks(options: VerifyOptions, windows: torch.Tensor, directory: Path, se
 def _speed(
     dense: Path, pruned: Path, models: Sequence[Any], spec: Any, prompts: torch.Tensor, options: VerifyOptions
 ) -> Any:
-    length = min(32, _generation(prompts.repeat(1, 4)))
+    length = min(LONGEST_TIMED, prompts.shape[1])
     workload = Workload(
         prompts=prompts,
         gen_length=length,

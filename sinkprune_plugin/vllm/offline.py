@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.errors import UsageError, reason_of
 
 __all__ = ["OfflineEngine"]
 
@@ -52,8 +52,9 @@ class OfflineEngine:
                 **options,
             )
         except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UsageError(f"vLLM can't serve {model} here: {reason}; use the transformers backend") from error
+            raise UsageError(
+                f"vLLM can't serve {model} here: {reason_of(error)}; use the transformers backend"
+            ) from error
 
     def generate(
         self,

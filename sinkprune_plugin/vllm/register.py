@@ -8,14 +8,6 @@ __all__ = ["TESTED_FIRST", "TESTED_UNTIL", "register"]
 # The scheduler and the model state rest on interfaces that vLLM may change in any release.
 TESTED_FIRST, TESTED_UNTIL = (0, 32), (0, 33)
 
-_MODELS = {
-    "LLaDAModelLM": "llada:LLaDAModelLM",
-    # The spelling of MMaDA's official checkpoints, and that of the class which transformers writes.
-    "MMadaModelLM": "llada:MMaDAModelLM",
-    "MMaDAModelLM": "llada:MMaDAModelLM",
-    "DreamModel": "dream:DreamModel",
-}
-
 
 def register() -> None:
     """Make vLLM know the models, their configurations and the sparse formats. Idempotent; nothing without vLLM."""
@@ -81,5 +73,7 @@ def register_models() -> None:
     """Make vLLM know the models, by name: importing them now might initialise CUDA before a fork."""
     from vllm import ModelRegistry
 
-    for architecture, place in _MODELS.items():
+    from sinkprune_plugin.vllm.config_hook import ARCHITECTURES
+
+    for architecture, place in ARCHITECTURES.items():
         ModelRegistry.register_model(architecture, f"sinkprune_plugin.vllm.models.{place}")
