@@ -1,6 +1,8 @@
 """What oneshot(output_dir=…) and save_pretrained write for each save_format, alone and with quantization stacked."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -219,6 +221,19 @@ def test_a_failed_save_leaves_what_was_there(model, tokenizer, windows, tmp_path
         model.save_pretrained(str(saved))
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_saving_to_a_link_on_another_disk(model, tokenizer, windows, tmp_path):
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second file system at /dev/shm")
+    run_oneshot(model, tokenizer, wanda(), windows)
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        (tmp_path / "saved").symlink_to(folder)
+        model.save_pretrained(str(tmp_path / "saved"))
+        assert (tmp_path / "saved").is_symlink()
+        assert not any(path.name.startswith(".") for path in Path(folder).iterdir())
+        same_state(model, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
 
 def test_pushing_to_a_hub_while_saving_is_refused(model, tokenizer, windows, tmp_path):

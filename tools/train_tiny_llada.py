@@ -34,6 +34,7 @@ from sinkprune_plugin._version import __version__
 from sinkprune_plugin.diffusion import DiffusionSpec, corrupt, elbo_perplexity, resolve_diffusion, sample_generator
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.llada import LLaDAConfig, LLaDAModelLM
+from sinkprune_plugin.outputs import new_directory
 from sinkprune_plugin.text_windows import read_documents, token_stream, token_windows
 
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
@@ -191,15 +192,11 @@ def load_checkpoint(path: Path, settings: Settings, digest: str) -> dict[str, An
 def save_model(
     output: Path, model: LLaDAModelLM, tokenizer: PreTrainedTokenizerFast, provenance: dict[str, Any]
 ) -> None:
-    """Write the checkpoint directory under a temporary name and rename it when complete."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
-    if output.is_dir():
-        output.rmdir()  # empty, as checked at the start
-    temporary.replace(output)
+    """Write the checkpoint directory, whole or not at all."""
+    with new_directory(output, overwrite=False) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        (directory / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:

@@ -11,8 +11,9 @@ from sinkprune_plugin.formats.checkpoint_reader import CheckpointReader
 from sinkprune_plugin.formats.checkpoint_writer import WrittenCheckpoint, write_checkpoint
 from sinkprune_plugin.formats.format_names import AUTO
 from sinkprune_plugin.formats.shard_reader import CONFIG_NAME, read_json
-from sinkprune_plugin.formats.tensor_source import MemoryTensors, SpooledTensors, TensorSource, spool_directory
+from sinkprune_plugin.formats.tensor_source import MemoryTensors, SpooledTensors, TensorSource
 from sinkprune_plugin.formats.write_request import LARGEST_SHARD, WriteRequest
+from sinkprune_plugin.outputs import scratch_directory
 
 __all__ = ["load_sparse_checkpoint", "save_sparse_checkpoint"]
 
@@ -84,8 +85,8 @@ def save_sparse_checkpoint(
     pairs: Iterable[tuple[str, torch.Tensor]] = tensors
     if isinstance(pairs, Collection):
         return write_checkpoint(_in_memory(pairs), request)
-    with spool_directory(request.directory) as folder:
-        return write_checkpoint(SpooledTensors(pairs, Path(folder)), request)
+    with scratch_directory(request.directory) as folder:
+        return write_checkpoint(SpooledTensors(pairs, folder), request)
 
 
 def _in_memory(pairs: Iterable[tuple[str, torch.Tensor]]) -> TensorSource:

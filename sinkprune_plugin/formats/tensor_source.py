@@ -1,6 +1,5 @@
 """Where the tensors of a checkpoint to be written come from."""
 
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +11,7 @@ from sinkprune_plugin.formats.safetensors_header import TensorEntry, TensorSpec
 from sinkprune_plugin.formats.shard_reader import read_bytes, read_tensor
 from sinkprune_plugin.formats.shard_writer import spec_of, tensor_bytes, write_at, writing
 
-__all__ = ["MemoryTensors", "SpooledTensors", "TensorSource", "spool_directory"]
+__all__ = ["MemoryTensors", "SpooledTensors", "TensorSource"]
 
 
 class TensorSource(Protocol):
@@ -93,16 +92,6 @@ class SpooledTensors:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return read_tensor(self._entries[name])
-
-
-def spool_directory(target: Path) -> "tempfile.TemporaryDirectory[str]":
-    """A hidden directory beside a target, on the same disk, removed at the end.
-
-    :param target: directory to be written
-    """
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
 
 
 def _check_name(name: str) -> None:

@@ -1,7 +1,6 @@
 """What ``oneshot(output_dir=…)`` and ``model.save_pretrained(…)`` write for a pruned model."""
 
 import functools
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from compressed_tensors.distributed import is_source_process
 from loguru import logger
 
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.outputs import check_output, scratch_directory, updated_directory
 
 __all__ = ["choose_save_format"]
 
@@ -39,7 +39,8 @@ class _SaveFormat:
         :param args: as of the original
         :param kwargs: as of the original; ``save_compressed=False`` writes dense weights
         :return: what the original returns
-        :raises UsageError: if the weights don't fit the format, or the result is to be pushed to a hub
+        :raises UsageError: if the weights don't fit the format, the directory can't be written, or the result is to be
+            pushed to a hub
         """
         if self.save_format == "dense" or not kwargs.get("save_compressed", True):
             return self.original(save_directory, *args, **kwargs)
@@ -50,27 +51,15 @@ class _SaveFormat:
         from sinkprune_plugin.formats import convert_checkpoint
 
         target = Path(save_directory)
-        target.mkdir(parents=True, exist_ok=True)
-        # Beside the target, so that the finished files only have to be renamed.
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            dense, sparse = Path(folder, "dense"), Path(folder, "sparse")
-            result = self.original(str(dense), *args, **kwargs)
+        check_output(target, overwrite=True)
+        with scratch_directory(target) as scratch:
+            result = self.original(str(scratch), *args, **kwargs)
             if is_source_process():
-                converted = convert_checkpoint(dense, sparse, self.save_format, progress=False)
+                with updated_directory(target, stale=STALE) as directory:
+                    converted = convert_checkpoint(scratch, directory, self.save_format, progress=False)
                 for note in converted.notes:
                     logger.info(note)
-                _replace_files(sparse, target)
         return result
-
-
-def _replace_files(source: Path, target: Path) -> None:
-    new = {file.name for file in source.iterdir()}
-    for pattern in STALE:
-        for file in target.glob(pattern):
-            if file.name not in new:
-                file.unlink()
-    for file in source.iterdir():
-        file.replace(target / file.name)
 
 
 def choose_save_format(model: Any, save_format: str) -> None:
