@@ -1,0 +1,1 @@
+"""The mathematics of pruning, torch only: solvers for masks and weights, and how much of each block to prune."""
