@@ -74,52 +74,81 @@ def solve(
     """
     options = options or ADMMOptions()
     target = hessian.target(W)
-    gone = hessian.dead.expand(W.shape) if fixed_zeros is None else fixed_zeros | hessian.dead
-    fixed = gone if bool(gone.any()) else None
-    num_fixed = 0 if fixed is None else int(fixed.sum())
+    fixed = hessian.dead.expand(W.shape) if fixed_zeros is None else fixed_zeros | hessian.dead
     R = hessian.resolvent(options.penalty)
     chunks = row_chunks(*W.shape)
 
     # V = X + U holds both other variables: the projection splits it into Z (outside the mask) and U (on the mask).
     V = target.clone()
     mask = torch.zeros_like(V, dtype=torch.bool)
-
-    def unstructured_scores(rows: slice) -> torch.Tensor:
-        magnitudes = V[rows].abs()
-        return magnitudes if fixed is None else magnitudes.masked_fill_(fixed[rows], torch.inf)
-
-    def group_scores(rows: slice) -> torch.Tensor:
-        magnitudes = V[rows].abs()
-        ranks = magnitudes if fixed is None else magnitudes.masked_fill(fixed[rows], -1.0)
-        stays = ~structure.lowest_in_groups(ranks)
-        return magnitudes.masked_fill_(stays if fixed is None else stays | fixed[rows], torch.inf)
-
-    scores = unstructured_scores if structure.unstructured else group_scores
-    # The small addend keeps 0.7 · 10 = 7 from flooring to 6 in floating point.
-    wanted = int(V.numel() * sparsity + 1e-9) if structure.unstructured else V.numel() // structure.m * structure.n
-
+    selection = _Selection(V, fixed, sparsity, structure, chunks)
     for iteration in range(1, options.iterations + 1):
         if iteration > 1:
             for rows in chunks:
                 _minimise_quadratic(V[rows], mask[rows], target[rows], R, options.penalty)
         if iteration <= options.gradual_iterations:
-            share = 1.0 - (1.0 - iteration / options.gradual_iterations) ** 3
-            if structure.unstructured:
-                available = V.numel() - num_fixed
-            else:
-                available = sum(int(scores(rows).isfinite().sum()) for rows in chunks) if fixed is not None else wanted
-            if iteration == options.gradual_iterations and not structure.unstructured:
-                count = available
-            else:
-                count = min(max(int(wanted * share + 1e-9) - num_fixed, 0), available)
-            mark_smallest(scores, chunks, count, mask)
-            if fixed is not None:
-                mask |= fixed
+            selection.update(mask, 1.0 - (1.0 - iteration / options.gradual_iterations) ** 3)
     Z = V.masked_fill_(mask, 0.0)
     if options.refine_iterations:
         conjugate_gradient(Z, target, mask, hessian.normalised, options.refine_iterations)
     loss = hessian.error(target.sub_(Z))
     return Z.div_(hessian.scale).to(W.dtype), loss
+
+
+class _Selection:
+    """Which entries of V go at a share of the final sparsity.
+
+    :param V: (rows, C) float32, read at every update
+    :param fixed: (rows, C) bool, entries that go at every share
+    :param sparsity: share of zeros for the unstructured case
+    :param structure: mask structure
+    :param chunks: slices of rows
+    """
+
+    def __init__(
+        self,
+        V: torch.Tensor,
+        fixed: torch.Tensor,
+        sparsity: float,
+        structure: MaskStructure,
+        chunks: list[slice],
+    ) -> None:
+        self._V = V
+        self._fixed = fixed
+        self._num_fixed = int(fixed.sum())
+        self._structure = structure
+        self._chunks = chunks
+        # The small addend keeps 0.7 · 10 = 7 from flooring to 6 in floating point.
+        self._wanted = (
+            int(V.numel() * sparsity + 1e-9) if structure.unstructured else V.numel() // structure.m * structure.n
+        )
+        # Entries that may not go now: the fixed ones, which are chosen already, and those that stay in their group.
+        self._excluded = fixed
+        if not structure.unstructured:
+            self._excluded = torch.empty_like(V, dtype=torch.bool)
+
+    def update(self, mask: torch.Tensor, share: float) -> None:
+        """Choose anew.
+
+        :param mask: (rows, C) bool, overwritten
+        :param share: part of the final number of zeros, 1 at the end
+        """
+        if not self._structure.unstructured:
+            for rows in self._chunks:
+                ranks = self._V[rows].abs()
+                if self._num_fixed:
+                    ranks.masked_fill_(self._fixed[rows], -1.0)
+                self._excluded[rows] = ~self._structure.lowest_in_groups(ranks) | self._fixed[rows]
+        count = max(int(self._wanted * share + 1e-9) - self._num_fixed, 0)
+        if self._num_fixed and not self._structure.unstructured:
+            # A group may have more fixed zeros than N; then fewer candidates than wanted are left, or more are wanted.
+            candidates = int((~self._excluded).sum())
+            count = candidates if share == 1.0 else min(count, candidates)
+        mark_smallest(self._scores, self._chunks, count, mask)
+        mask |= self._fixed
+
+    def _scores(self, rows: slice) -> torch.Tensor:
+        return self._V[rows].abs().masked_fill_(self._excluded[rows], torch.inf)
 
 
 def _minimise_quadratic(

@@ -1,3 +1,5 @@
+import itertools
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,7 +30,7 @@ def test_every_step_lowers_the_error():
     W, _, H = make_layer(1, 16, 64)
     mask = random_mask(1, W.shape)
     losses = [reconstruct(W, mask, prepared(H), iterations=steps)[1] for steps in (0, 1, 2, 4, 8, 16, 32)]
-    assert all(after < before for before, after in zip(losses, losses[1:], strict=False))
+    assert all(after < before for before, after in itertools.pairwise(losses))
 
 
 def test_dense_output_target_is_matched():
