@@ -31,8 +31,8 @@ class ADMMOptions:
 
     iterations: int = 20
     gradual_iterations: int = 15
-    penalty: float = 1.0
-    refine_iterations: int = 0
+    penalty: float = 0.5
+    refine_iterations: int = 10
 
     def __post_init__(self) -> None:
         if not 1 <= self.gradual_iterations <= self.iterations:
@@ -41,7 +41,7 @@ class ADMMOptions:
                 "complete before the iterations end, so 1 ≤ gradual_iterations ≤ iterations"
             )
         if not self.penalty > 0:
-            raise UsageError(f"penalty is {self.penalty:g}; it must be positive, for instance 1")
+            raise UsageError(f"penalty is {self.penalty:g}; it must be positive, for instance 0.5")
         if self.refine_iterations < 0:
             raise UsageError(f"refine_iterations is {self.refine_iterations}; it can't be negative")
 
@@ -128,7 +128,7 @@ class _Selection:
             self._excluded = torch.empty_like(V, dtype=torch.bool)
 
     def update(self, mask: torch.Tensor, share: float) -> None:
-        """Choose anew.
+        """Choose again for the present V.
 
         :param mask: (rows, C) bool, overwritten
         :param share: part of the final number of zeros, 1 at the end
@@ -141,7 +141,7 @@ class _Selection:
                 self._excluded[rows] = ~self._structure.lowest_in_groups(ranks) | self._fixed[rows]
         count = max(int(self._wanted * share + 1e-9) - self._num_fixed, 0)
         if self._num_fixed and not self._structure.unstructured:
-            # A group may have more fixed zeros than N; then fewer candidates than wanted are left, or more are wanted.
+            # A group may have more fixed zeros than N, so what is left to choose is counted, not computed.
             candidates = int((~self._excluded).sum())
             count = candidates if share == 1.0 else min(count, candidates)
         mark_smallest(self._scores, self._chunks, count, mask)
