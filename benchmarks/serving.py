@@ -26,6 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from sinkprune_plugin.devices import choose_device, wait_for_device
+
 ROOT = Path(__file__).parent.parent
 CACHES = ("none", "prefix", "dual", "commit")
 BATCHES = (1, 8)
@@ -113,10 +115,10 @@ class ForwardClock:
     def _timed(self, function: Callable[..., Any], *, counts: bool) -> Callable[..., Any]:
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            _synchronize()
+            wait_for_device()
             started = time.perf_counter()
             result = function(*args, **kwargs)
-            _synchronize()
+            wait_for_device()
             self.seconds += time.perf_counter() - started
             self.calls += counts
             return result
@@ -125,11 +127,6 @@ class ForwardClock:
 
     def reset(self) -> None:
         self.seconds, self.calls = 0.0, 0
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def make_engine(directory: Path, dtype: str, length: int) -> Any:
@@ -164,10 +161,10 @@ def serve(
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    _synchronize()
+    wait_for_device()
     started = time.perf_counter()
     result = function()
-    _synchronize()
+    wait_for_device()
     return time.perf_counter() - started, result
 
 
@@ -181,7 +178,7 @@ def measure(name: str, directory: Path, work: Work, rounds: int, dtype: str, bar
     from sinkprune_plugin.diffusion import resolve_diffusion
 
     prompt_length, gen_length, block_length, steps = work
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device()
     plain = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
     mask = resolve_diffusion(plain.config).mask_token_id
     engine = make_engine(directory, dtype, 2 * (prompt_length + gen_length))

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from sinkprune_plugin._version import __version__
+from sinkprune_plugin.devices import choose_device, input_device
 from sinkprune_plugin.diffusion import DiffusionSpec, corrupt, elbo_perplexity, resolve_diffusion, sample_generator
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.llada import LLaDAConfig, LLaDAModelLM
@@ -156,7 +157,7 @@ def batch_loss(
     draws = torch.rand(settings.batch_size, generator=generator, dtype=torch.float64)
     timesteps = ceiling * (1 - (torch.arange(settings.batch_size) + draws) / settings.batch_size)
     noise = corrupt(clean, timesteps.tolist(), spec, noise_eps=NOISE_EPS, generators=[generator] * settings.batch_size)
-    logits = model(input_ids=noise.noisy_ids.to(model.device)).logits
+    logits = model(input_ids=noise.noisy_ids.to(input_device(model))).logits
     corrupted = noise.corrupted.to(logits.device)
     losses = F.cross_entropy(logits[corrupted].float(), clean.to(logits.device)[corrupted], reduction="sum")
     return losses / noise.corrupted.sum().clamp(min=1).item()
@@ -202,6 +203,7 @@ def save_model(
 def run(args: argparse.Namespace, settings: Settings) -> None:
     """Train from the start or from the checkpoint, and write the model if the last step was reached."""
     started = time.monotonic()
+    device = choose_device(args.device)
     output: Path = args.output
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UsageError(f"{output} exists and is not an empty directory; choose another --output")
@@ -222,7 +224,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     if len(stream) <= settings.seq_len:
         raise UsageError(f"the text has {len(stream)} tokens; --seq-len {settings.seq_len} needs more")
 
-    model = build_model(settings).to(args.device).train()
+    model = build_model(settings).to(device).train()
     spec = resolve_diffusion(model.config)
     optimizer = build_optimizer(model, settings)
     losses: list[float] = []
@@ -320,9 +322,6 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Settings
     for name in ("steps", "batch_size", "seq_len", "layers", "heads", "checkpoint_every", "validation_windows"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    if args.device == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        args.device = accelerator.type if accelerator is not None else "cpu"
     return args, Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
 
 

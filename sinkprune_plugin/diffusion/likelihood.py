@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from sinkprune_plugin.devices import input_device
 from sinkprune_plugin.diffusion.corruption import corrupt, corruptible_positions, sample_generator
 from sinkprune_plugin.diffusion.estimates import Likelihood, PerplexityEstimate, RowScores, estimate_likelihood
 from sinkprune_plugin.diffusion.evaluation_mode import evaluation_mode
@@ -241,7 +242,7 @@ def _corrupted_nll(
     """Sum of -log p over the corrupted tokens of each row, (rows,) float64 on CPU."""
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
-    device = _input_device(model)
+    device = input_device(model)
     sums = torch.zeros(clean.shape[0], dtype=torch.float64)
     starts = range(0, clean.shape[0], batch_size)
     with evaluation_mode(model):
@@ -267,13 +268,3 @@ def _corrupted_nll(
                 )
             sums.index_add_(0, row + start, nll)
     return sums
-
-
-def _input_device(model: torch.nn.Module) -> torch.device:
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    source = embedding if isinstance(embedding, torch.nn.Module) else model
-    parameter = next(source.parameters(), None)
-    # A parameter on "meta" is an offloaded one; its hook moves the input.
-    if parameter is None or parameter.device.type == "meta":
-        return torch.device("cpu")
-    return parameter.device

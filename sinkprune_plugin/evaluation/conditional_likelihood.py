@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sinkprune_plugin.devices import input_device
 from sinkprune_plugin.diffusion import DiffusionSpec, sample_generator
 from sinkprune_plugin.diffusion.evaluation_mode import evaluation_mode
 from sinkprune_plugin.errors import UsageError
@@ -131,7 +132,7 @@ def _corrupt(
 
 
 def _logits(model: Any, rows: torch.Tensor, begin: int, mask: int, cfg: float) -> torch.Tensor:
-    rows = rows.to(model.device)
+    rows = rows.to(input_device(model))
     logits: torch.Tensor = model(input_ids=rows).logits
     return guided_logits(model, rows, logits, begin, mask, cfg) if cfg else logits
 

@@ -10,6 +10,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from sinkprune_plugin.devices import choose_device
 from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.evaluation.answer_writer import AnswerWriter
@@ -60,7 +61,7 @@ class SinkpruneLM(TemplateLM):
         """The transformers model, loaded when it is needed: not for answers from vLLM."""
         dtype = self.arguments.dtype
         model: Any = load_model(self.arguments.pretrained, dtype if dtype == "auto" else getattr(torch, dtype))
-        return model.to(self.arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return model.to(choose_device(self.arguments.device or "auto"))
 
     @cached_property
     def _writer(self) -> AnswerWriter:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from sinkprune_plugin.devices import choose_device
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.sampling import SamplingOptions
 
@@ -106,7 +105,7 @@ class ModelArguments:
         if self.backend == "vllm" and self.cfg:
             raise UsageError(f"cfg {self.cfg:g} isn't served by vLLM; use backend=transformers")
         if self.device is not None:
-            _check_device(str(self.device))
+            choose_device(str(self.device))
 
 
 def sampling_options(**options: Any) -> SamplingOptions:
@@ -131,12 +130,3 @@ def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
 def _whole(name: str, value: Any, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise UsageError(f"{name} {value!r} is out of range; use a whole number from {low}")
-
-
-def _check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"device {name!r} is unknown; use cpu, cuda or cuda:0") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {name!r} isn't there: torch sees no GPU; use device=cpu")

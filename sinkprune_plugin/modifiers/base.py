@@ -13,6 +13,7 @@ from llmcompressor.utils.metric_logging import CompressionLogger
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from sinkprune_plugin.devices import input_device
 from sinkprune_plugin.diffusion import resolve_diffusion, timestep_grid, timestep_row_scale
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers import distributed
@@ -24,7 +25,6 @@ from sinkprune_plugin.modifiers.calibration import (
     TrajectoryCorruption,
     calibration_context,
     collect_batches,
-    execution_device,
     forward,
 )
 from sinkprune_plugin.modifiers.input_observer import InputObserver
@@ -312,7 +312,7 @@ class SinkAwareModifierBase(Modifier):
         return self._corruption(batch, step_index, timestep)
 
     def _capture(self, model: torch.nn.Module, batch: CalibrationBatch) -> Any:
-        valid = None if batch.valid is None else batch.valid.to(execution_device(model))
+        valid = None if batch.valid is None else batch.valid.to(input_device(model))
         return capture_attention_mass(valid=valid)
 
     def _mask_of(self, mass: torch.Tensor, batch: CalibrationBatch) -> torch.Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from compressed_tensors.utils import get_execution_device
 from llmcompressor.utils.helpers import (
     DisableQuantization,
     disable_cache,
@@ -17,6 +16,7 @@ from llmcompressor.utils.helpers import (
 )
 from torch.utils.data import DataLoader
 
+from sinkprune_plugin.devices import input_device
 from sinkprune_plugin.diffusion import DiffusionSpec, corrupt, sample_generator
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers import distributed
@@ -193,16 +193,10 @@ def forward(model: torch.nn.Module, input_ids: torch.Tensor, valid: torch.Tensor
     :param input_ids: (B, T) int64
     :param valid: (B, T) bool, False on padding; None if there is none
     """
-    device = execution_device(model)
+    device = input_device(model)
     # No mask where there is no padding: attention without a mask is the faster kernel.
     mask = None if valid is None else valid.to(device=device, dtype=torch.int64)
     model(input_ids=input_ids.to(device), attention_mask=mask)
-
-
-def execution_device(model: torch.nn.Module) -> torch.device:
-    """Device on which the model takes its input, also where weights are offloaded."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    return get_execution_device(embedding if embedding is not None else model)
 
 
 @dataclass

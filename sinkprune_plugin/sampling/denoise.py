@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from sinkprune_plugin.devices import input_device
 from sinkprune_plugin.diffusion import DiffusionSpec, resolve_diffusion
 from sinkprune_plugin.diffusion.evaluation_mode import evaluation_mode
 from sinkprune_plugin.errors import UsageError
@@ -109,6 +110,7 @@ def denoise(
     output = DenoiseOutput([torch.empty(0)] * len(prompts))
     if return_trajectory:
         output.trajectory = [torch.empty(0)] * len(prompts)
+    device = input_device(model)
     total = len(options.blocks) * len(groups)
     with (
         evaluation_mode(model),
@@ -117,8 +119,8 @@ def denoise(
         for numbers in groups.values():
             batch = DenoisingBatch(
                 model,
-                torch.stack([prompts[number].to(model.device) for number in numbers]),
-                torch.tensor([seeds[number] for number in numbers], dtype=torch.int64, device=model.device),
+                torch.stack([prompts[number].to(device) for number in numbers]),
+                torch.tensor([seeds[number] for number in numbers], dtype=torch.int64, device=device),
                 options,
                 spec,
                 frozenset(eos_token_ids or ()),

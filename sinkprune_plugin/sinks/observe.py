@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
+from sinkprune_plugin.devices import input_device
 from sinkprune_plugin.diffusion import (
     DiffusionSpec,
     corrupt,
@@ -146,8 +147,7 @@ def _observing(model: Any) -> Iterator[Any]:
     # The decoder alone: the logits of a large vocabulary would take more memory than everything else.
     decoder = getattr(model, "base_model", model)
     options = {"use_cache": False} if "use_cache" in inspect.signature(decoder.forward).parameters else {}
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    device = next((embeddings or model).parameters()).device
+    device = input_device(model)
     training = model.training
     model.eval()
     try:

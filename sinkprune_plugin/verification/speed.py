@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
+from sinkprune_plugin.devices import wait_for_device
 from sinkprune_plugin.diffusion import DiffusionSpec
 from sinkprune_plugin.sampling import denoise
 
@@ -99,14 +100,14 @@ class _TransformersSampler:
         finally:
             for hook in hooks:
                 hook.remove()
-        _wait()
+        wait_for_device()
 
     def _start(self) -> None:
-        _wait()
+        wait_for_device()
         self._started = time.perf_counter()
 
     def _stop(self) -> None:
-        _wait()
+        wait_for_device()
         self.forward_seconds = (self.forward_seconds or 0.0) + time.perf_counter() - self._started
 
 
@@ -204,8 +205,3 @@ def _measure(
         pruned_ms_per_step=1000 * second / workload.steps,
         forward_share=statistics.median(shares) if shares else None,
     )
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
