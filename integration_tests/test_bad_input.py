@@ -79,7 +79,13 @@ def test_model_and_targets(cls, model, tokenizer, golden_windows):
 
 @pytest.mark.parametrize("cls", BOTH)
 def test_calibration_data(cls, model, tokenizer, golden_windows):
-    refused(model, cls(sparsity=0.5, **QUICK), "sample of 7 tokens; at least 8", tokenizer, golden_windows[:2, :7])
+    refused(
+        model,
+        cls(sparsity=0.5, **QUICK),
+        "all 2 calibration samples have less than 8 tokens",
+        tokenizer,
+        golden_windows[:2, :7],
+    )
     with pytest.raises(UsageError, match="needs calibration data and got none"):
         oneshot(model=model, tokenizer=tokenizer, recipe=[cls(sparsity=0.5, **QUICK)])
     with pytest.raises(UsageError, match="without `input_ids`"):

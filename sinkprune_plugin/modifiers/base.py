@@ -68,7 +68,7 @@ class SinkAwareModifierBase(Modifier):
     :param sink_persistence: mean mask over the timesteps from which a position counts as persistent
     :param timestep_weighting: weight of a timestep's rows in sums of squares: 1, 1/t or 1/t²
     :param mask_token_id: mask token, where neither config nor family tells it
-    :param seed: seed of the corruption
+    :param seed: seed of the corruption, and of the choice among the samples of a loader that shuffles
     :param save_format: what ``save_pretrained`` writes from now on: ``auto`` takes sparse-24-bitmask where every target
         is 2:4, else sparse-bitmask where that is smaller, else dense
     """
@@ -169,7 +169,7 @@ class SinkAwareModifierBase(Modifier):
         if self._done:
             return
         started = time.monotonic()
-        self._batches = collect_batches(state.data.calib)
+        self._batches = collect_batches(state.data.calib, self.seed)
         self._tally = SinkTally(self.sink_persistence)
         head = getattr(state.model, "get_output_embeddings", lambda: None)()
         head_is_target = any(target.module is head for target in self._targets)

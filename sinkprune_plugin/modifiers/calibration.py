@@ -14,13 +14,12 @@ from llmcompressor.utils.helpers import (
     disable_lm_head,
     eval_context,
 )
-from torch.utils.data import DataLoader
 
 from sinkprune_plugin.devices import input_device
 from sinkprune_plugin.diffusion import DiffusionSpec, corrupt, sample_generator
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers import distributed
-from sinkprune_plugin.text_windows import MINIMUM_TOKENS
+from sinkprune_plugin.modifiers.sample_choice import SampleChoice
 
 __all__ = [
     "CalibrationBatch",
@@ -101,20 +100,22 @@ def _real_tokens(batch: CalibrationBatch) -> list[torch.Tensor]:
     return [row[valid] for row, valid in zip(batch.input_ids, batch.valid, strict=True)]
 
 
-def collect_batches(dataloader: Iterable[Any] | None) -> list[CalibrationBatch]:
+def collect_batches(dataloader: Iterable[Any] | None, seed: int = 0) -> list[CalibrationBatch]:
     """Read the calibration samples and split them over processes where all of them hold the same ones.
 
-    llm-compressor's own loader gives each rank its part of a dataset already; a plain ``DataLoader`` may not.
-
     :param dataloader: ``state.data.calib``: batches with ``input_ids`` (B, T) and perhaps ``attention_mask``
-    :return: this process's batches
-    :raises UsageError: if there is no data, a sample is too short or a process is left without samples
+    :param seed: the recipe's ``seed``, which decides what a loader that shuffles yields
+    :return: this process's batches, without samples that are too short
+    :raises UsageError: if there is no data, all samples are too short or a process is left without samples
     """
     if dataloader is None:
         raise UsageError(
             "sink-aware pruning needs calibration data and got none; pass `dataset=` to oneshot() (text or input_ids)"
         )
-    batches = [_read_batch(index, batch) for index, batch in enumerate(_own_part(dataloader))]
+    choice = SampleChoice(seed)
+    read = (_read_batch(index, batch, choice) for index, batch in enumerate(choice.batches(dataloader)))
+    batches = [batch for batch in read if len(batch.input_ids)]
+    choice.report(sum(len(batch.input_ids) for batch in batches))
     digests = distributed.gather_objects([batch.digest() for batch in batches])
     if len(digests) > 1 and all(other == digests[0] for other in digests):
         batches = batches[distributed.rank() :: distributed.world_size()]
@@ -126,24 +127,7 @@ def collect_batches(dataloader: Iterable[Any] | None) -> list[CalibrationBatch]:
     return batches
 
 
-def _own_part(dataloader: Iterable[Any]) -> Iterable[Any]:
-    """Make a loader of llm-compressor 0.14 read this rank's part of the data.
-
-    With several processes it cuts the dataset into parts and gives the sampler this rank's part, but goes on loading
-    from the whole dataset, so that every rank reads the first part. The sampler's own data source is the right one.
-
-    :param dataloader: any iterable of batches
-    :return: the same, or a loader of the sampler's data source
-    """
-    source = getattr(getattr(dataloader, "sampler", None), "data_source", None)
-    if not isinstance(dataloader, DataLoader) or source is None or len(source) >= len(dataloader.dataset):  # type: ignore[arg-type]
-        return dataloader
-    return DataLoader(
-        source, batch_size=dataloader.batch_size, sampler=dataloader.sampler, collate_fn=dataloader.collate_fn
-    )
-
-
-def _read_batch(index: int, batch: Any) -> CalibrationBatch:
+def _read_batch(index: int, batch: Any, choice: SampleChoice) -> CalibrationBatch:
     if not hasattr(batch, "keys") or "input_ids" not in batch:
         raise UsageError(
             f"calibration batch {index} is a {type(batch).__name__} without `input_ids`; the data loader must yield "
@@ -152,17 +136,12 @@ def _read_batch(index: int, batch: Any) -> CalibrationBatch:
     input_ids = torch.as_tensor(batch["input_ids"]).to(device="cpu", dtype=torch.int64)
     if input_ids.dim() == 1:
         input_ids = input_ids.unsqueeze(0)
-    valid = None
+    valid = torch.ones_like(input_ids, dtype=torch.bool)
     if batch.get("attention_mask") is not None:
         valid = torch.as_tensor(batch["attention_mask"]).to(device="cpu").bool().reshape(input_ids.shape)
-        valid = None if bool(valid.all()) else valid
-    lengths = [input_ids.shape[1]] if valid is None else valid.sum(dim=1).tolist()
-    if min(lengths) < MINIMUM_TOKENS:
-        raise UsageError(
-            f"calibration batch {index} has a sample of {min(lengths)} tokens; at least {MINIMUM_TOKENS} are needed, "
-            "so drop the short samples or concatenate them"
-        )
-    return CalibrationBatch(index, input_ids, valid)
+    kept = torch.tensor([choice.keeps(length) for length in valid.sum(dim=1).tolist()], dtype=torch.bool)
+    input_ids, valid = input_ids[kept], valid[kept]
+    return CalibrationBatch(index, input_ids, None if bool(valid.all()) else valid)
 
 
 @contextlib.contextmanager
