@@ -138,9 +138,23 @@ def test_info_refuses(tmp_path):
     fails("can't be read", "info", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("sinks", "no-such-model"),
+        ("verify", "no-such-model", "no-such-model"),
+        ("prune", "no-such-model", "--recipe", RECIPES / "wanda_as_published.yaml"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_before_any_work(command, tmp_path):
+    out = tmp_path / "out"
+    fails("device 'abacus' is unknown; use auto, cpu,", *command, "--device", "abacus", "--output", out, output=out)
+
+
 def test_wrong_options_are_one_line(tmp_path):
     fails("No such command", "prnue")
     fails("recipe", "prune", EMBEDDED_MODEL, "--output", tmp_path / "out", output=tmp_path / "out")
+    fails("batch-size", "sinks", EMBEDDED_MODEL, "--batch-size", 0, "--output", tmp_path / "out")
     assert run("--version").stdout.strip() == __version__
 
 

@@ -24,6 +24,9 @@ app = typer.Typer(
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Directory to write; appears whole or not at all.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory if it exists.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of corruption and of the choice of text.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show all messages and progress bars.")]
+DeviceOption = Annotated[str, typer.Option(help="auto (the accelerator if there is one), cpu, cuda, cuda:1, …")]
+BATCH_SIZE = "Windows in a forward pass: more is faster and takes more memory; results are the same."
 SeqLenOption = Annotated[int | None, typer.Option(help="Tokens in a sample; default: the model's maximum.")]
 DatasetOption = Annotated[
     str | None,
@@ -58,11 +61,12 @@ def demo(
     sparsity: Annotated[float, typer.Option(help="Share of zeros.")] = 0.5,
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Prune the embedded model with our modifiers and the stock ones, save, reload and compare."""
     from sinkprune_plugin.demo import run_demo
 
-    run_demo(output, sparsity=sparsity, seed=seed, overwrite=overwrite)
+    run_demo(output, sparsity=sparsity, seed=seed, overwrite=overwrite, verbose=verbose)
 
 
 @app.command()
@@ -74,7 +78,10 @@ def prune(
     num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: SeqLenOption = None,
     seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help=BATCH_SIZE)] = 1,
     overwrite: OverwriteOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Prune a model with a recipe, through llm-compressor's oneshot()."""
     from sinkprune_plugin.prune import prune as run
@@ -87,7 +94,10 @@ def prune(
         num_samples=num_samples,
         seq_len=seq_len,
         seed=seed,
+        device=device,
+        batch_size=batch_size,
         overwrite=overwrite,
+        verbose=verbose,
     )
     typer.echo(f"pruned model written to {path}")
 
@@ -100,13 +110,25 @@ def sinks(
     num_samples: Annotated[int, typer.Option(help="Text windows to look at.")] = 8,
     seq_len: SeqLenOption = None,
     seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    batch_size: Annotated[int | None, typer.Option(min=1, help=BATCH_SIZE)] = None,
     overwrite: OverwriteOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Measure where attention sinks are over the denoising steps: numbers and a plot, no pruning."""
     from sinkprune_plugin.sinks_command import measure_sinks
 
     measure_sinks(
-        model, output, dataset=dataset, num_samples=num_samples, seq_len=seq_len, seed=seed, overwrite=overwrite
+        model,
+        output,
+        dataset=dataset,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        seed=seed,
+        device=device,
+        batch_size=batch_size,
+        overwrite=overwrite,
+        verbose=verbose,
     )
 
 
@@ -166,11 +188,15 @@ def verify(
     max_ppl_increase: Annotated[float | None, typer.Option(help="Fail above this increase, in percent.")] = None,
     min_agreement: Annotated[float | None, typer.Option(help="Fail below this share of equal tokens, 0 to 1.")] = None,
     max_size_ratio: Annotated[float | None, typer.Option(help="Fail above this share of the dense size.")] = None,
+    device: DeviceOption = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help=BATCH_SIZE)] = 8,
     overwrite: OverwriteOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Compare a pruned model with the dense one: quality, size, speed, sinks; a report, and bars to reach."""
     from rich.console import Console
 
+    from sinkprune_plugin.steps import quiet_steps
     from sinkprune_plugin.verification.bars import Bars
     from sinkprune_plugin.verification.report import print_report
     from sinkprune_plugin.verification.verify import VerifyOptions
@@ -187,8 +213,11 @@ def verify(
         ar_model=ar_model,
         bars=Bars(max_ppl_increase, min_agreement, max_size_ratio),
         dtype=dtype,
+        device=device,
+        batch_size=batch_size,
     )
-    report = run(dense, pruned, output, options, overwrite=overwrite)
+    with quiet_steps(verbose=verbose) as steps, steps.step(f"comparing {pruned} with {dense}"):
+        report = run(dense, pruned, output, options, overwrite=overwrite)
     print_report(report, Console())
     typer.echo(f"report.html, report.json and plots are in {output}")
     if not report["passed"]:
@@ -219,6 +248,13 @@ def main() -> None:
         # Without a command typer has printed the help already and raises an error that says nothing.
         if error.format_message():
             sys.stderr.write(f"sinkprune: {error.format_message()}\n")
+        sys.exit(2)
+    except RuntimeError as error:
+        # By its name: torch isn't imported for the sake of a wrong option.
+        if debug or type(error).__name__ != "OutOfMemoryError":
+            raise
+        said = str(error).split(". ")[0]
+        sys.stderr.write(f"sinkprune: {said}; use a smaller --batch-size, a shorter --seq-len, or --device cpu\n")
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
         sys.stderr.write("sinkprune: interrupted; nothing was written\n")

@@ -12,11 +12,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sinkprune_plugin.devices import choose_device
 from sinkprune_plugin.diffusion import elbo_perplexity
 from sinkprune_plugin.info import inspect_checkpoint
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
+from sinkprune_plugin.modifiers import load_oneshot_flow
 from sinkprune_plugin.outputs import check_output, new_directory
 from sinkprune_plugin.provenance import write_provenance
+from sinkprune_plugin.steps import quiet_steps
 from sinkprune_plugin.structure import ZeroCount
 from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
 from sinkprune_plugin.verification.report import print_report
@@ -54,45 +57,49 @@ class DemoRow:
     file_bytes: int
 
 
-def run_demo(output: Path, *, sparsity: float = 0.5, seed: int = 0, overwrite: bool = False) -> list[DemoRow]:
+def run_demo(
+    output: Path, *, sparsity: float = 0.5, seed: int = 0, overwrite: bool = False, verbose: bool = False
+) -> list[DemoRow]:
     """Prune the embedded model with four methods through oneshot(), save, reload, compare, and verify one of them.
 
     :param output: directory for the pruned models, the table (demo.json) and the report
     :param sparsity: share of zeros
     :param seed: seed of corruption, calibration windows and evaluation
     :param overwrite: replace an existing output
+    :param verbose: show what llm-compressor and transformers say and their progress bars
     :return: the rows of the table, dense first
     """
-    from sinkprune_plugin.modifiers.oneshot_flow import log_to_stderr, run_oneshot
-
     check_output(output, overwrite=overwrite)
-    log_to_stderr("ERROR")
-    console = Console()
-    tokenizer = load_tokenizer(EMBEDDED_MODEL)
-    calibration = token_windows(
-        read_documents(embedded_text("calibration")), tokenizer, SEQ_LEN, CALIBRATION_WINDOWS, seed=seed
-    )
-    test = token_windows(read_documents(embedded_text("test")), tokenizer, SEQ_LEN, TEST_WINDOWS, seed=seed)
+    with quiet_steps(verbose=verbose) as steps, new_directory(output, overwrite=overwrite) as directory:
+        with steps.step("dense: measuring the embedded model"):
+            flow = load_oneshot_flow()
 
-    with new_directory(output, overwrite=overwrite) as directory:
-        rows = [_row("dense", EMBEDDED_MODEL, test, 0.0, seed)]
+            tokenizer = load_tokenizer(EMBEDDED_MODEL)
+            calibration = token_windows(
+                read_documents(embedded_text("calibration")), tokenizer, SEQ_LEN, CALIBRATION_WINDOWS, seed=seed
+            )
+            test = token_windows(read_documents(embedded_text("test")), tokenizer, SEQ_LEN, TEST_WINDOWS, seed=seed)
+            rows = [_row("dense", EMBEDDED_MODEL, test, 0.0, seed)]
         for method, make_modifier in _methods(sparsity, seed).items():
-            console.print(f"[bold]{method}[/bold]: pruning the embedded model with oneshot()")
-            model = load_model(EMBEDDED_MODEL, torch.float32)
-            started = time.monotonic()
-            run_oneshot(model, tokenizer, make_modifier(), calibration)
-            seconds = time.monotonic() - started
-            saved = directory / method
-            # In the precision it came in, so that sizes compare; the reload below measures what that costs.
-            model.to(torch.bfloat16)
-            model.save_pretrained(str(saved))
-            tokenizer.save_pretrained(str(saved))
-            # The numbers in the table are those of the checkpoint on disk, not of the model in memory.
-            rows.append(_row(method, saved, test, seconds, seed))
-        report = verify(EMBEDDED_MODEL, directory / BEST, directory / "verify", VerifyOptions(quick=True, seed=seed))
+            with steps.step(f"{method}: pruning it with oneshot()"), flow.log_to(steps, summaries=False):
+                model = load_model(EMBEDDED_MODEL, torch.float32)
+                started = time.monotonic()
+                flow.run_oneshot(model, tokenizer, make_modifier(), calibration)
+                seconds = time.monotonic() - started
+                saved = directory / method
+                # In the precision it came in, so that sizes compare; the reload below measures what that costs.
+                model.to(torch.bfloat16)
+                model.save_pretrained(str(saved))
+                tokenizer.save_pretrained(str(saved))
+                # The numbers in the table are those of the checkpoint on disk, not of the model in memory.
+                rows.append(_row(method, saved, test, seconds, seed))
+        with steps.step(f"{BEST}: comparing it with the dense model"):
+            options = VerifyOptions(quick=True, seed=seed)
+            report = verify(EMBEDDED_MODEL, directory / BEST, directory / "verify", options)
         table = json.dumps([asdict(row) for row in rows], indent=2)
         (directory / "demo.json").write_text(table + "\n", encoding="utf-8")
         write_provenance(directory, sparsity=sparsity, seed=seed, windows=CALIBRATION_WINDOWS, seq_len=SEQ_LEN)
+    console = Console()
     _print(rows, console)
     print_report(report, console)
     console.print(f"models, demo.json and verify/report.html (with a picture of the sinks) are in {output}")
@@ -114,7 +121,8 @@ def _methods(sparsity: float, seed: int) -> dict[str, Callable[[], Any]]:
 
 
 def _row(method: str, checkpoint: Path, test: torch.Tensor, seconds: float, seed: int) -> DemoRow:
-    estimate = elbo_perplexity(load_model(checkpoint, torch.float32), test, num_samples=CORRUPTIONS, seed=seed)
+    model = load_model(checkpoint, torch.float32, choose_device())
+    estimate = elbo_perplexity(model, test, num_samples=CORRUPTIONS, seed=seed, progress=True)
     stored = inspect_checkpoint(checkpoint)
     zeros = ZeroCount.total([layer.count for layer in stored.linears])
     return DemoRow(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from sinkprune_plugin.errors import UsageError, reason_of
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
@@ -20,11 +21,12 @@ __all__ = [
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny-llada"
 
 
-def load_model(name: str | Path, dtype: Any = "auto") -> "PreTrainedModel":
+def load_model(name: str | Path, dtype: Any = "auto", device: "torch.device | None" = None) -> "PreTrainedModel":
     """Load a model without executing anything from the checkpoint.
 
     :param name: directory or hub name
     :param dtype: torch dtype, or ``auto`` for the checkpoint's own
+    :param device: where to; None leaves it in main memory
     :return: the model in evaluation mode
     :raises UsageError: if it can't be loaded
     """
@@ -34,7 +36,7 @@ def load_model(name: str | Path, dtype: Any = "auto") -> "PreTrainedModel":
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise _unloadable("model", name, error) from error
-    return model.eval()
+    return (model if device is None else model.to(device)).eval()
 
 
 def load_config(name: str | Path) -> Any:

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+from sinkprune_plugin.devices import choose_device
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.loading import checkpoint_bytes, default_sequence_length, load_model, load_tokenizer
+from sinkprune_plugin.modifiers import load_oneshot_flow
 from sinkprune_plugin.outputs import check_output, new_directory
 from sinkprune_plugin.provenance import write_provenance
+from sinkprune_plugin.steps import quiet_steps
 from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
 
 __all__ = ["prune"]
@@ -23,7 +26,10 @@ def prune(
     num_samples: int = 128,
     seq_len: int | None = None,
     seed: int = 0,
+    device: str = "auto",
+    batch_size: int = 1,
     overwrite: bool = False,
+    verbose: bool = False,
 ) -> Path:
     """Prune a model with a recipe and save it.
 
@@ -34,33 +40,41 @@ def prune(
     :param num_samples: calibration windows
     :param seq_len: tokens in a window; None takes the model's maximum, at most 4096
     :param seed: seed of the choice of windows
+    :param device: where weights are brought for the forward passes: ``auto`` (the accelerator if there is one),
+        ``cpu``, ``cuda:1``, …; the model itself waits in main memory, one module at a time is on the device
+    :param batch_size: windows in a forward pass
     :param overwrite: replace an existing output
+    :param verbose: show what llm-compressor and transformers say and their progress bars
     :return: the output directory
     :raises UsageError: on wrong input; nothing is written then
     """
-    from sinkprune_plugin.modifiers.oneshot_flow import log_to_stderr, run_oneshot
-
-    log_to_stderr("INFO")
     if not recipe.is_file():
         raise UsageError(f"recipe {recipe} doesn't exist; the recipes folder has one for every method")
+    place = choose_device(device)
     check_output(output, overwrite=overwrite, needed_bytes=checkpoint_bytes(model_name))
-    tokenizer = load_tokenizer(model_name)
-    model = load_model(model_name)
-    if seq_len is None:
-        seq_len = default_sequence_length(model.config, LONGEST_DEFAULT)
     source = dataset if dataset is not None else embedded_text("calibration")
-    windows = token_windows(read_documents(source), tokenizer, seq_len, num_samples, seed=seed)
-    run_oneshot(model, tokenizer, recipe, windows)
-    with new_directory(output, overwrite=overwrite) as directory:
-        model.save_pretrained(str(directory))
-        tokenizer.save_pretrained(str(directory))
-        write_provenance(
-            directory,
-            model=str(model_name),
-            recipe=recipe.read_text(encoding="utf-8"),
-            dataset=Path(source).name,
-            num_samples=len(windows),
-            seq_len=seq_len,
-            seed=seed,
-        )
+    with quiet_steps(verbose=verbose) as steps:
+        with steps.step(f"loading {model_name}"):
+            tokenizer = load_tokenizer(model_name)
+            model = load_model(model_name)
+            length = seq_len if seq_len is not None else default_sequence_length(model.config, LONGEST_DEFAULT)
+            windows = token_windows(read_documents(source), tokenizer, length, num_samples, seed=seed)
+            flow = load_oneshot_flow()
+        with flow.log_to(steps):
+            with steps.step(f"pruning with {recipe.name}, {len(windows)} windows of {length} tokens, on {place}"):
+                # "auto" is what llm-compressor does by itself, and it knows its rank among several processes.
+                onload = None if device == "auto" else place
+                flow.run_oneshot(model, tokenizer, recipe, windows, device=onload, batch_size=batch_size)
+            with steps.step(f"writing {output}"), new_directory(output, overwrite=overwrite) as directory:
+                model.save_pretrained(str(directory))
+                tokenizer.save_pretrained(str(directory))
+                write_provenance(
+                    directory,
+                    model=str(model_name),
+                    recipe=recipe.read_text(encoding="utf-8"),
+                    dataset=Path(source).name,
+                    num_samples=len(windows),
+                    seq_len=length,
+                    seed=seed,
+                )
     return output

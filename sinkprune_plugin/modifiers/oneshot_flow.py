@@ -1,30 +1,62 @@
 """llm-compressor's plain oneshot() on token windows; that it finds our modifiers is registration.py's work."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.utils import patch_attr
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.logger import configure_logger
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+from llmcompressor.pipelines.data_free import pipeline as data_free_pipeline
+from llmcompressor.pipelines.sequential import pipeline as sequential_pipeline
 from loguru import logger
 
-__all__ = ["calibration_dataset", "log_to_stderr", "run_oneshot", "stock_modifier"]
+from sinkprune_plugin.steps import Steps, is_noise
+
+__all__ = ["calibration_dataset", "log_to", "run_oneshot", "stock_modifier"]
 
 
-def log_to_stderr(level: str) -> None:
-    """Replace llm-compressor's log handler by a plain one, for a command line that people read.
+@contextlib.contextmanager
+def log_to(steps: Steps, *, summaries: bool = True) -> Iterator[None]:
+    """Show what llm-compressor and the modifiers log as a command line should, in place of llm-compressor's own way.
 
-    :param level: least level shown; the two METRIC lines a module are left out at any level
+    Quiet: everybody's warnings and errors, and this package's own lines. Verbose: everything but the two METRIC lines
+    that llm-compressor writes for each module.
+
+    :param steps: the command's display
+    :param summaries: show this package's own lines too where it is quiet
     """
+
+    def matters(record: Any) -> bool:
+        own = summaries and record["name"].startswith("sinkprune_plugin")
+        least = "INFO" if own else "WARNING"
+        return record["level"].no >= logger.level(least).no and not is_noise(record["message"])
+
+    def no_metric(record: Any) -> bool:
+        return record["level"].name != "METRIC"
+
     logger.remove()
-    logger.add(
-        sys.stderr,
-        level=level,
-        format="{time:HH:mm:ss} {level: <7} {message}",
-        filter=lambda record: record["level"].name != "METRIC",
-    )
+    if steps.verbose:
+        logger.add(sys.stderr, level="INFO", format="{time:HH:mm:ss} {level: <7} {message}", filter=no_metric)
+    else:
+        logger.add(
+            lambda line: steps.note(line.rstrip("\n")),
+            format=_line,
+            filter=lambda record: no_metric(record) and matters(record),
+        )
+    try:
+        yield
+    finally:
+        configure_logger()
+
+
+def _line(record: Any) -> str:
+    return "{message}\n" if record["level"].name == "INFO" else record["level"].name.lower() + ": {message}\n"
 
 
 def calibration_dataset(windows: torch.Tensor) -> Any:
@@ -37,23 +69,51 @@ def calibration_dataset(windows: torch.Tensor) -> Any:
     return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
 
 
-def run_oneshot(model: Any, tokenizer: Any, recipe: Any, windows: torch.Tensor) -> None:
+def run_oneshot(
+    model: Any,
+    tokenizer: Any,
+    recipe: Any,
+    windows: torch.Tensor,
+    *,
+    device: torch.device | None = None,
+    batch_size: int = 1,
+) -> None:
     """Run llm-compressor's oneshot() on token windows, in place.
 
     :param model: loaded model
     :param tokenizer: its tokenizer
     :param recipe: path of a YAML recipe, or modifier objects
     :param windows: (N, T) int64 calibration tokens
+    :param device: where llm-compressor's pipelines bring modules for their forward passes; None leaves the choice to
+        them: this process's accelerator if there is one
+    :param batch_size: windows in a forward pass
     """
-    oneshot(
-        model=model,
-        tokenizer=tokenizer,
-        dataset=calibration_dataset(windows),
-        recipe=str(recipe) if isinstance(recipe, Path) else recipe,
-        num_calibration_samples=len(windows),
-        max_seq_length=windows.shape[1],
-        shuffle_calibration_samples=False,
-    )
+    with _onload_to(device):
+        oneshot(
+            model=model,
+            tokenizer=tokenizer,
+            dataset=calibration_dataset(windows),
+            recipe=str(recipe) if isinstance(recipe, Path) else recipe,
+            num_calibration_samples=len(windows),
+            max_seq_length=windows.shape[1],
+            batch_size=batch_size,
+            shuffle_calibration_samples=False,
+        )
+
+
+@contextlib.contextmanager
+def _onload_to(device: torch.device | None) -> Iterator[None]:
+    """Make llm-compressor's pipelines bring modules to a device of the user's choice.
+
+    The pipelines ask one function, which takes the accelerator of this process's rank and no wish of anybody's.
+    """
+    if device is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        for pipeline in (data_free_pipeline, sequential_pipeline):
+            stack.enter_context(patch_attr(pipeline, "get_main_device", lambda: device))
+        yield
 
 
 def stock_modifier(name: str, sparsity: float, mask_structure: str = "0:0") -> Any:

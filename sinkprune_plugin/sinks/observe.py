@@ -96,6 +96,8 @@ def observe_sinks(
     windows: torch.Tensor,
     spec: DiffusionSpec | None,
     settings: SinkSettings | None = None,
+    *,
+    batch_size: int | None = None,
 ) -> SinkObservation:
     """Run a model on text windows at every step and gather where attention goes.
 
@@ -108,6 +110,7 @@ def observe_sinks(
     :param windows: (N, T) int64 token ids without padding
     :param spec: family and mask token of a diffusion LM; None for growing prefixes
     :param settings: grid, detection and seed
+    :param batch_size: windows in a forward pass; None takes as many as have 2048 tokens
     :return: masses and masks
     :raises UsageError: if windows don't fit, the attention can't be intercepted, or the mass isn't finite
     """
@@ -118,7 +121,7 @@ def observe_sinks(
     lengths = [tokens] * len(steps) if spec else [min(max(ceil(t * tokens), MINIMUM_TOKENS), tokens) for t in steps]
     mass = torch.zeros(count, len(steps), tokens)
     masks = torch.zeros_like(mass)
-    rows = max(_TOKENS_PER_PASS // tokens, 1)
+    rows = batch_size or max(_TOKENS_PER_PASS // tokens, 1)
     passes = [(start, index) for start in range(0, count, rows) for index in range(len(steps))]
     # Interception of transformers' other implementations costs nothing where the model uses SDPA.
     with _observing(model) as forward, intercept_attention_interface():

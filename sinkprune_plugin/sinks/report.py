@@ -53,6 +53,7 @@ def sink_report(
     seed: int | None = None,
     settings: SinkSettings | None = None,
     model_name: str | None = None,
+    batch_size: int | None = None,
     overwrite: bool = False,
 ) -> SinkReport:
     """Measure where the sinks of a model are at every step and write the numbers and a plot.
@@ -67,6 +68,7 @@ def sink_report(
     :param seed: seed of the corruption, in place of the one in ``settings``
     :param settings: grid, detection and seed
     :param model_name: name in the report; default: where the model was loaded from
+    :param batch_size: windows in a forward pass; None takes as many as have 2048 tokens
     :param overwrite: replace an output directory that has something in it
     :return: what was measured and written
     :raises UsageError: if the output is taken, windows don't fit or the attention can't be intercepted
@@ -79,7 +81,7 @@ def sink_report(
         spec = find_spec(model.config, tokenizer_or_spec)
     name = model_name or Path(getattr(model.config, "_name_or_path", "") or type(model).__name__).name
     with new_directory(Path(output_dir), overwrite=overwrite) as directory:
-        observation = observe_sinks(model, windows, spec, settings)
+        observation = observe_sinks(model, windows, spec, settings, batch_size=batch_size)
         dynamics = sink_dynamics(
             observation.mass, observation.masks, settings.sink_persistence, present=observation.present
         )

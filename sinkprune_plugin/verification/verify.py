@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from sinkprune_plugin.devices import choose_device
 from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.info import inspect_checkpoint
@@ -51,6 +52,8 @@ class VerifyOptions:
     :param ar_model: an autoregressive model whose sinks are shown beside; None for none
     :param bars: what the pruned model must reach
     :param dtype: precision both models are run in; None takes each checkpoint's own
+    :param device: where transformers' models run: ``auto`` (the accelerator if there is one), ``cpu``, ``cuda:1``, …
+    :param batch_size: windows in a forward pass, for perplexity and sinks; the speed has batch sizes of its own
     """
 
     backend: Literal["transformers", "vllm"] = "transformers"
@@ -61,6 +64,8 @@ class VerifyOptions:
     ar_model: str | None = None
     bars: Bars = field(default_factory=Bars)
     dtype: str | None = None
+    device: str = "auto"
+    batch_size: int = 8
 
 
 def verify(
@@ -80,6 +85,7 @@ def verify(
     if options.backend not in ("transformers", "vllm"):
         raise UsageError(f"backend {options.backend!r} is unknown; use transformers or vllm")
     options.bars.check()
+    device = choose_device(options.device)
     check_output(output, overwrite=overwrite)
     infos = [inspect_checkpoint(path) for path in (dense, pruned)]
     check_derived(dense, pruned)
@@ -87,7 +93,7 @@ def verify(
     check_tokenizers(*tokenizers)
     tokenizer = tokenizers[0]
     dtype: Any = "auto" if options.dtype is None else getattr(torch, options.dtype)
-    models = [load_model(path, dtype) for path in (dense, pruned)]
+    models = [load_model(path, dtype, device) for path in (dense, pruned)]
     spec = resolve_diffusion(models[0].config, tokenizer)
     windows = _windows(models[0], tokenizer, options)
 
@@ -97,11 +103,16 @@ def verify(
         names: Sequence[tuple[str, Any]] = [("dense", models[0]), ("pruned", models[1])]
         for name, model in names:
             sinks[name] = sink_report(
-                model, spec, windows[: 2 if options.quick else 4], directory / f"sinks-{name}",
-                settings=settings, model_name=f"{_name(dense if name == 'dense' else pruned)} ({name})",
-            )  # fmt: skip
+                model,
+                spec,
+                windows[: 2 if options.quick else 4],
+                directory / f"sinks-{name}",
+                settings=settings,
+                model_name=f"{_name(dense if name == 'dense' else pruned)} ({name})",
+                batch_size=options.batch_size,
+            )
         if options.ar_model is not None:
-            sinks["autoregressive"] = _ar_sinks(options, windows, directory, settings)
+            sinks["autoregressive"] = _ar_sinks(options, windows, directory, settings, device)
         quality = compare_perplexity(
             models[0],
             models[1],
@@ -109,6 +120,7 @@ def verify(
             spec,
             num_samples=QUICK_SAMPLES if options.quick else SAMPLES,
             seed=options.seed,
+            batch_size=options.batch_size,
             progress=True,
         )
         # A quarter of the window is the prompt, and an answer at most as long, so that both have room.
@@ -150,6 +162,7 @@ def verify(
             seed=options.seed,
             quick=options.quick,
             dtype=options.dtype or "each checkpoint's own",
+            device=str(device),
             recipe=_recipe(pruned),
         )
         write_report(directory, content)
@@ -164,12 +177,15 @@ def _windows(model: Any, tokenizer: Any, options: VerifyOptions) -> torch.Tensor
     return token_windows(read_documents(source), tokenizer, length, count, seed=options.seed)
 
 
-def _ar_sinks(options: VerifyOptions, windows: torch.Tensor, directory: Path, settings: SinkSettings) -> Any:
+def _ar_sinks(
+    options: VerifyOptions, windows: torch.Tensor, directory: Path, settings: SinkSettings, device: torch.device
+) -> Any:
     assert options.ar_model is not None
     tokenizer = load_tokenizer(options.ar_model)
     source = options.dataset if options.dataset is not None else embedded_text("test")
     own = token_windows(read_documents(source), tokenizer, windows.shape[1], 2, seed=options.seed)
-    return sink_report(load_model(options.ar_model), tokenizer, own, directory / "sinks-ar", settings=settings)
+    model = load_model(options.ar_model, device=device)
+    return sink_report(model, tokenizer, own, directory / "sinks-ar", settings=settings, batch_size=options.batch_size)
 
 
 def _speed(

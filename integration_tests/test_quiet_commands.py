@@ -1,0 +1,100 @@
+"""What the commands print: a line for each step and the result, unless the rest is asked for."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from loguru import logger
+
+from sinkprune_plugin.loading import EMBEDDED_MODEL
+from sinkprune_plugin.modifiers.oneshot_flow import log_to
+from sinkprune_plugin.steps import quiet_steps
+
+SINKPRUNE = Path(sys.executable).with_name("sinkprune")
+RECIPE = """
+prune_stage:
+  prune_modifiers:
+    SinkAwareWandaModifier: {sparsity: 0.5, mask_structure: "2:4", diffusion_steps: 4, sample_interval: 2}
+"""
+# The demo on less data, as everything it prints depends on its methods alone.
+SMALL_DEMO = """
+import sys
+from pathlib import Path
+from sinkprune_plugin import demo
+from sinkprune_plugin.verification import verify
+demo.CALIBRATION_WINDOWS, demo.TEST_WINDOWS, demo.SEQ_LEN, demo.CORRUPTIONS = 2, 4, 64, 2
+verify.LONGEST_WINDOW = 64
+demo.run_demo(Path(sys.argv[1]))
+"""
+
+
+def run(*command, folder):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    # A bar redraws its line with carriage returns; each drawing counts.
+    return [text.replace("\r", "\n").splitlines() for text in (done.stdout, done.stderr)]
+
+
+def prune(folder, *more):
+    (folder / "recipe.yaml").write_text(RECIPE)
+    options = ("--recipe", "recipe.yaml", "--num-samples", 2, "--seq-len", 64, "--output", "out", *more)
+    return run(SINKPRUNE, "prune", EMBEDDED_MODEL, *options, folder=folder)
+
+
+def test_prune(tmp_path):
+    stdout, stderr = prune(tmp_path)
+    assert stdout == ["pruned model written to out"]
+    beginnings = ["loading ", "pruning with recipe.yaml, 2 windows of 64 tokens, on ", "SinkAwareWanda", "writing out"]
+    assert len(stderr) == len(beginnings), stderr
+    assert all(map(str.startswith, stderr, beginnings)), stderr
+    stdout, verbose = prune(tmp_path, "--overwrite", "--verbose")
+    assert stdout == ["pruned model written to out"]
+    assert len(verbose) > 12
+    for shown in ("Loading weights", "Compression lifecycle", "Writing model shards"):
+        assert any(shown in line for line in verbose), shown
+        assert not any(shown in line for line in stderr), shown
+
+
+def test_demo(tmp_path):
+    stdout, stderr = run(sys.executable, "-c", SMALL_DEMO, "out", folder=tmp_path)
+    methods = ["dense", "wanda", "sparsegpt", "sink-aware-wanda", "sink-aware-sparsegpt"]
+    assert [line.split(":")[0] for line in stderr] == [*methods, methods[-1]]
+    assert [line.split()[0] for line in stdout[3:8]] == methods
+    assert len(stdout) < 25, stdout
+    assert (tmp_path / "out" / "verify" / "report.html").is_file()
+
+
+@pytest.fixture
+def logged(capfd):
+    """Function that logs as llm-compressor and a modifier do, and gives back what the console got."""
+
+    def log(**options):
+        with quiet_steps() as steps, log_to(steps, **options):
+            messages = [
+                ("sinkprune_plugin.modifiers.base", "INFO", "42 modules {pruned}"),
+                ("llmcompressor.core", "INFO", "lifecycle"),
+                ("llmcompressor.core", "WARNING", "few samples"),
+                ("llmcompressor.core", "WARNING", "No accelerator available! Compressing model on CPU instead"),
+                ("llmcompressor.core", "METRIC", "time 0.1s"),
+                ("compressed_tensors.offload", "ERROR", "no <memory> left"),
+            ]
+            for name, level, message in messages:
+                logger.patch(lambda record, name=name: record.update(name=name)).log(level, "{}", message)
+        return capfd.readouterr().err.splitlines()
+
+    return log
+
+
+def test_of_the_log_only_what_matters_is_shown(logged):
+    both = ["warning: few samples", "error: no <memory> left"]
+    assert logged() == ["42 modules {pruned}", *both]
+    assert logged(summaries=False) == both
+
+
+def test_llm_compressor_logs_as_before_afterwards(logged, capfd):
+    logged()
+    logger.info("as before")
+    captured = capfd.readouterr()
+    assert "INFO - as before" in captured.out
+    assert captured.err == ""
