@@ -73,3 +73,64 @@ def test_nothing_matched_is_an_error():
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(UsageError, match="no list of decoder blocks"):
         find_decoder_blocks(torch.nn.Linear(2, 2))
+
+
+def moe_model(**fields):
+    """A real mixture of experts: 2 layers with 8 experts, fused into one parameter."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=8,
+        num_experts_per_tok=2,
+        **fields,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def unfused(model):
+    """The same with one Linear for each expert's projection, as llm-compressor and remote code have them."""
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts = torch.nn.ModuleList(Block() for _ in range(8))
+    return model
+
+
+@pytest.mark.parametrize("change", [lambda model: model, unfused])
+def test_the_blocks_of_a_mixture_are_its_layers_not_its_experts(change):
+    name, blocks = find_decoder_blocks(change(moe_model()))
+    assert name == "model.layers"
+    assert len(blocks) == 2
+
+
+@pytest.mark.parametrize("change", [lambda model: model, unfused])
+def test_routed_experts_are_refused_in_one_line_with_a_remedy_that_works(change):
+    # The first layer is dense: experts further in are found too.
+    model = change(moe_model(mlp_only_layers=[0]))
+    with pytest.raises(UsageError, match=r"model\.layers\.1\.mlp\.experts holds 8 routed experts.*`ignore`") as caught:
+        names(model, ["Linear"])
+    assert "\n" not in str(caught.value)
+    remedy = str(caught.value).split('"')[1]
+    left = names(model, ["Linear"], [remedy])
+    assert left == [f"model.layers.{layer}.self_attn.{x}_proj" for layer in (0, 1) for x in "qkvo"]
+
+
+def test_a_config_without_matching_blocks_is_refused():
+    model = moe_model()
+    model.config.num_hidden_layers = 3
+    with pytest.raises(UsageError, match="no list of 3 decoder blocks, as its config says"):
+        find_decoder_blocks(model)
+
+
+def test_blocks_of_several_classes_are_found_by_their_number():
+    model = Model()
+    model.config = type("Config", (), {"n_layers": 2})()
+    model.blocks[1] = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    assert find_decoder_blocks(model)[0] == "blocks"

@@ -1,0 +1,49 @@
+"""A mixture of experts in oneshot(), which splits fused experts before the modifiers see the model."""
+
+import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from sinkprune_plugin.diffusion import DiffusionFamily
+from sinkprune_plugin.diffusion.families import _FAMILIES
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot
+from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
+
+QUICK = {"diffusion_steps": 4, "sample_interval": 2}
+
+
+@pytest.fixture
+def mixture(monkeypatch, tmp_path):
+    """Mixtral, 2 layers with 8 experts, registered as a family for the length of a test."""
+    monkeypatch.setitem(_FAMILIES, "mixture", DiffusionFamily("mixture", ("mixtral",), default_mask_token_id=2))
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=8,
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    return MixtralForCausalLM.from_pretrained(tmp_path).eval()
+
+
+def test_it_is_refused_and_left_alone(mixture, tokenizer, golden_windows):
+    with pytest.raises(UsageError, match=r"model\.layers\.0\.mlp\.experts holds 8 routed experts") as caught:
+        run_oneshot(mixture, tokenizer, SinkAwareWandaModifier(sparsity=0.5, **QUICK), golden_windows[:1])
+    assert "\n" not in str(caught.value)
+    assert all(int((module.weight == 0).sum()) == 0 for module in linears(mixture).values())
+
+
+def test_its_attention_is_pruned_where_the_experts_are_ignored(mixture, tokenizer, golden_windows):
+    modifier = SinkAwareWandaModifier(sparsity=0.5, ignore=[r"re:.*\.mlp(\..*)?$"], save_format="dense", **QUICK)
+    run_oneshot(mixture, tokenizer, modifier, golden_windows[:1])
+    for name, module in linears(mixture).items():
+        assert float((module.weight == 0).float().mean()) == (0.5 if "self_attn" in name else 0.0), name
+
+
+def linears(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
