@@ -61,7 +61,7 @@ def prune(
             windows = token_windows(read_documents(source), tokenizer, length, num_samples, seed=seed)
             flow = load_oneshot_flow()
         with flow.log_to(steps):
-            with steps.step(f"pruning with {recipe.name}, {len(windows)} windows of {length} tokens, on {place}"):
+            with steps.step(f"pruning with {recipe.name} ({len(windows)} × {length} tokens, {place})"):
                 # "auto" is what llm-compressor does by itself, and it knows its rank among several processes.
                 onload = None if device == "auto" else place
                 flow.run_oneshot(model, tokenizer, recipe, windows, device=onload, batch_size=batch_size)

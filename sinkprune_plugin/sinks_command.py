@@ -53,7 +53,7 @@ def measure_sinks(
             model = load_model(model_name, device=place)
             length = seq_len if seq_len is not None else default_sequence_length(model.config, LONGEST_DEFAULT)
             windows = token_windows(read_documents(source), tokenizer, length, num_samples, seed=seed)
-        with steps.step(f"looking for sinks in {len(windows)} windows of {length} tokens, on {place}"):
+        with steps.step(f"looking for sinks ({len(windows)} × {length} tokens, {place})"):
             report = sink_report(
                 model, tokenizer, windows, output, seed=seed, batch_size=batch_size, overwrite=overwrite
             )

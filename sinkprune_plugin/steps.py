@@ -1,6 +1,6 @@
 """One line for each step of a command, in place of the bars and the chatter of the libraries underneath.
 
-On a terminal the line of the step that runs is alive: it shows the progress that anybody's tqdm bar reports meanwhile.
+On a terminal the line of the step that runs is alive and shows the progress that anybody's tqdm bar reports meanwhile.
 Elsewhere a line is printed where a step begins. Warnings come through as one line each, except those that are known to
 say nothing to a user; what is silenced is as before once the context ends.
 """
@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import tqdm
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 __all__ = ["Steps", "is_noise", "quiet_steps"]
 
@@ -65,11 +67,13 @@ class Steps:
             self.note(what)
             yield
             return
+        started = time.monotonic()
         self._task = self._live.add_task(what, total=None, detail="")
         try:
             yield
+            self.note(f"{what}, {time.monotonic() - started:.1f} s")
         finally:
-            self._live.update(self._task, total=1, completed=1, detail="")
+            self._live.remove_task(self._task)
             self._task = None
 
     def note(self, line: str) -> None:
@@ -86,7 +90,8 @@ class Steps:
         """
         # Of nested bars the outermost tells most.
         if self._live is not None and self._task is not None and not bar.pos:
-            self._live.update(self._task, total=bar.total, completed=bar.n, detail=bar.desc.rstrip(": "))
+            detail = bar.desc.rstrip(": ")
+            self._live.update(self._task, total=bar.total, completed=bar.n, detail=f" · {detail}" if detail else "")
 
 
 @contextlib.contextmanager
@@ -105,13 +110,17 @@ def quiet_steps(*, verbose: bool = False, console: Console | None = None) -> Ite
         live = None
         if console.is_terminal:
             columns = (
-                SpinnerColumn(finished_text="✓"),
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=20),
+                SpinnerColumn(),
                 TimeElapsedColumn(),
-                TextColumn("{task.fields[detail]}", markup=False),
+                BarColumn(bar_width=12),
+                TextColumn(
+                    "{task.description}{task.fields[detail]}",
+                    markup=False,
+                    # What doesn't fit is cut off: a line that wraps can't be redrawn in its place.
+                    table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+                ),
             )
-            live = stack.enter_context(Progress(*columns, console=console))
+            live = stack.enter_context(Progress(*columns, console=console, transient=True, expand=True))
         steps = Steps(console, live, verbose=False)
         stack.enter_context(_bars_shown_by(steps.follow if live else None))
         stack.enter_context(_warnings_as_lines(steps.note))
