@@ -1,6 +1,7 @@
 """Shared by the tests that drive the real tools: a fresh compression session each, and the golden numbers."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from golden_data import GOLDEN
 from safetensors.torch import load_file
 
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
+from sinkprune_plugin.text_windows import embedded_text, read_documents
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +57,33 @@ def evaluate():
         return elbo
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory):
+    """A multiple-choice and a cloze task from the embedded text, in lm-eval's own format."""
+    folder = tmp_path_factory.mktemp("tasks")
+    text = " ".join(read_documents(embedded_text("test")))
+    sentences = [s.strip() for s in text.split(". ") if 60 < len(s) < 160][:60]
+    rng = random.Random(0)
+    choice, cloze = [], []
+    for sentence in sentences[:6]:
+        words = sentence.split()
+        stem, right = " ".join(words[:-3]), " ".join(words[-3:])
+        wrong = " ".join(rng.choice(sentences).split()[-3:])
+        options = [right, wrong] if rng.random() < 0.5 else [wrong, right]
+        choice.append({"stem": stem, "options": options, "gold": options.index(right)})
+        cloze.append({"stem": stem, "right": right})
+    for name, rows in {"choice": choice, "cloze": cloze}.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    data = "dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {file}\ntest_split: test\n"
+    (folder / "choice.yaml").write_text(
+        "task: own_choice\n" + data.format(file=folder / "choice.jsonl") + "output_type: multiple_choice\n"
+        "doc_to_text: stem\ndoc_to_choice: options\ndoc_to_target: gold\nmetric_list:\n  - metric: acc\n"
+    )
+    (folder / "cloze.yaml").write_text(
+        "task: own_cloze\n" + data.format(file=folder / "cloze.jsonl") + "output_type: generate_until\n"
+        'doc_to_text: stem\ndoc_to_target: right\ngeneration_kwargs:\n  until: [".", ";"]\n  max_gen_toks: 20\n'
+        "metric_list:\n  - metric: exact_match\n"
+    )
+    return folder, choice, cloze

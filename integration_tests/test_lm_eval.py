@@ -1,7 +1,6 @@
 """lm-evaluation-harness with our model class: found by name, likelihoods as computed directly, answers as denoised."""
 
 import json
-import random
 import re
 import subprocess
 import sys
@@ -16,41 +15,10 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import convert_checkpoint
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 from sinkprune_plugin.sampling import denoise
-from sinkprune_plugin.text_windows import embedded_text, read_documents
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness isn't installed (sinkprune-plugin[eval])")
 
 TASKS = Path(__file__).parent.parent / "sinkprune_plugin" / "evaluation" / "tasks"
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    """A multiple-choice and a cloze task from the embedded text, in lm-eval's own format."""
-    folder = tmp_path_factory.mktemp("tasks")
-    text = " ".join(read_documents(embedded_text("test")))
-    sentences = [s.strip() for s in text.split(". ") if 60 < len(s) < 160][:60]
-    rng = random.Random(0)
-    choice, cloze = [], []
-    for sentence in sentences[:6]:
-        words = sentence.split()
-        stem, right = " ".join(words[:-3]), " ".join(words[-3:])
-        wrong = " ".join(rng.choice(sentences).split()[-3:])
-        options = [right, wrong] if rng.random() < 0.5 else [wrong, right]
-        choice.append({"stem": stem, "options": options, "gold": options.index(right)})
-        cloze.append({"stem": stem, "right": right})
-    for name, rows in {"choice": choice, "cloze": cloze}.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    data = "dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {file}\ntest_split: test\n"
-    (folder / "choice.yaml").write_text(
-        "task: own_choice\n" + data.format(file=folder / "choice.jsonl") + "output_type: multiple_choice\n"
-        "doc_to_text: stem\ndoc_to_choice: options\ndoc_to_target: gold\nmetric_list:\n  - metric: acc\n"
-    )
-    (folder / "cloze.yaml").write_text(
-        "task: own_cloze\n" + data.format(file=folder / "cloze.jsonl") + "output_type: generate_until\n"
-        'doc_to_text: stem\ndoc_to_target: right\ngeneration_kwargs:\n  until: [".", ";"]\n  max_gen_toks: 20\n'
-        "metric_list:\n  - metric: exact_match\n"
-    )
-    return folder, choice, cloze
 
 
 def evaluate(tasks, folder, **arguments):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from llmcompressor.logger import configure_logger
 from loguru import logger
 
 from sinkprune_plugin.loading import EMBEDDED_MODEL
@@ -66,7 +67,14 @@ def test_demo(tmp_path):
 
 
 @pytest.fixture
-def logged(capfd):
+def _logging_restored():
+    """After pytest's own stdout, to which llm-compressor would log otherwise, has gone."""
+    yield
+    configure_logger()
+
+
+@pytest.fixture
+def logged(_logging_restored, capfd):
     """Function that logs as llm-compressor and a modifier do, and gives back what the console got."""
 
     def log(**options):

@@ -1,7 +1,9 @@
 """Arguments of the model class and of generation requests: what is read, what is refused, where answers end."""
 
 import pytest
+import torch
 
+from sinkprune_plugin import devices
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.evaluation.generation_requests import AnswerRequest, cut_text, cut_tokens
 from sinkprune_plugin.evaluation.model_arguments import ModelArguments
@@ -16,6 +18,13 @@ def test_arguments_as_lm_eval_passes_them():
 
 def test_an_automatic_batch_size_is_the_default():
     assert ModelArguments.read({"pretrained": "somewhere", "batch_size": "auto:4"}).batch_size == 32
+
+
+@pytest.mark.parametrize(("kind", "taken"), [(None, None), ("mps", None), ("cuda", "cuda:0")])
+def test_the_device_that_lm_eval_passes_by_itself_is_taken_where_it_is_there(kind, taken, monkeypatch):
+    found = (torch.device(kind), 1) if kind else (None, 0)
+    monkeypatch.setattr(devices, "_accelerators", lambda: found)
+    assert ModelArguments.read({"pretrained": "somewhere", "device": "cuda:0"}).device == taken
 
 
 @pytest.mark.parametrize(
@@ -43,6 +52,7 @@ def test_an_automatic_batch_size_is_the_default():
         ({"check_greedy": "yes"}, "check_greedy 'yes' is neither True nor False"),
         ({"dtype": "int3"}, "dtype 'int3' is unknown; use auto, float32"),
         ({"device": "abacus"}, "device 'abacus' is unknown"),
+        ({"device": "cuda:99"}, "device 'cuda:99' isn't there"),
         ({"seed": -1}, "seed -1 is out of range"),
     ],
 )

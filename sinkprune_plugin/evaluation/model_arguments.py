@@ -17,6 +17,8 @@ BACKENDS = ("transformers", "vllm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # lm-eval passes them to every model class. Nothing from a checkpoint is executed, whatever the second one says.
 _IGNORED = ("max_batch_size", "trust_remote_code")
+# What lm-eval's command line passes where the user names no device, also on a machine without one.
+_DEFAULT_DEVICE = "cuda:0"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class ModelArguments:
         the answer has tokens; only tasks such as LAMBADA's accuracy use it
     :param max_length: longest context and answer in tokens; None is the model's, at most 4096
     :param batch_size: noisy rows, or prompts, in a forward pass
-    :param device: None is the GPU if there is one
+    :param device: None is the accelerator if there is one; so is lm-eval's own default ``cuda:0`` without CUDA
     :param dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``
     :param seed: of all noise
     """
@@ -78,6 +80,8 @@ class ModelArguments:
             del values["batch_size"]
         elif isinstance(values.get("batch_size"), str) and values["batch_size"].isdigit():
             values["batch_size"] = int(values["batch_size"])
+        if values.get("device") == _DEFAULT_DEVICE and choose_device().type != "cuda":
+            del values["device"]
         arguments = cls(**values)
         arguments._check()
         return arguments
