@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 import tqdm
 from compressed_tensors.utils import align_module_device, update_offload_parameter
-from llmcompressor.core import Event, State
+from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.utils.metric_logging import CompressionLogger
 from loguru import logger
@@ -28,6 +28,7 @@ from sinkprune_plugin.modifiers.calibration import (
     forward,
 )
 from sinkprune_plugin.modifiers.input_observer import InputObserver
+from sinkprune_plugin.modifiers.kept_zeros import KeptZeros
 from sinkprune_plugin.modifiers.mask_structure import MaskStructure, parse_mask_structure, resolve_sparsity
 from sinkprune_plugin.modifiers.saving import choose_save_format
 from sinkprune_plugin.modifiers.targets import PruningTarget, resolve_targets
@@ -99,6 +100,7 @@ class SinkAwareModifierBase(Modifier):
     _batches: list[CalibrationBatch] = PrivateAttr(default_factory=list)
     _corruption: CorruptionSource | None = PrivateAttr(default=None)
     _tally: SinkTally = PrivateAttr()
+    _kept_zeros: KeptZeros = PrivateAttr()
     _done: bool = PrivateAttr(default=False)
 
     @model_validator(mode="before")
@@ -138,6 +140,7 @@ class SinkAwareModifierBase(Modifier):
         :raises UsageError: if the model, the targets or the data don't fit
         """
         model = state.model
+        self._kept_zeros = KeptZeros(type(self).__name__, self._later_modifiers())
         if self._corruption is None:
             spec = resolve_diffusion(model.config, mask_token_id=self.mask_token_id)
             self._corruption = TrajectoryCorruption(spec, self.seed, self.noise_eps)
@@ -190,6 +193,7 @@ class SinkAwareModifierBase(Modifier):
         :raises UsageError: if calibration never started, so that nothing was pruned
         """
         self.remove_hooks()
+        self._kept_zeros.finish()
         if not self._done:
             raise UsageError(
                 f"{type(self).__name__} pruned nothing because the pipeline never started calibration; run it through "
@@ -198,6 +202,11 @@ class SinkAwareModifierBase(Modifier):
         self._targets = []
         choose_save_format(state.model, self.save_format)
         return True
+
+    def _later_modifiers(self) -> list[Modifier]:
+        modifiers = active_session().lifecycle.recipe.modifiers
+        positions = [index for index, modifier in enumerate(modifiers) if modifier is self]
+        return modifiers[positions[0] + 1 :] if positions else []
 
     # ---- for the subclasses
 
@@ -351,6 +360,7 @@ class SinkAwareModifierBase(Modifier):
             pruned, loss = prune(target.module.weight.detach())
             metrics.set_results(name=type(self).__name__, loss=loss)
         update_offload_parameter(target.module, "weight", pruned)
+        self._kept_zeros.remember(target.name, target.module, pruned)
         self._zeros += int((pruned == 0).sum())
         self._weights += pruned.numel()
 
