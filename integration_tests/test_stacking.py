@@ -3,6 +3,7 @@
 import pytest
 import torch
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.autoround import AutoRoundModifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.transform import QuIPModifier, SmoothQuantModifier, SpinQuantModifier
 from loguru import logger
@@ -109,6 +110,16 @@ def test_later_blocks_are_calibrated_on_weights_with_the_zeros_put_back(model, t
     behind_pruning = [sparse for sparse, unchanged in seen if not unchanged]
     assert len(behind_pruning) >= 2 * len(windows)
     assert all(behind_pruning)
+
+
+def test_autoround_keeps_the_zeros(tokenizer, windows, pruned_alone):
+    model = load_model(EMBEDDED_MODEL, torch.float32)
+    rounding = AutoRoundModifier(config_groups=gptq().config_groups, iters=1, enable_torch_compile=False)
+    run_oneshot(model, tokenizer, [pruner(), rounding], windows)
+    for name, module in linears(model).items():
+        before = pruned_alone(SinkAwareWandaModifier)[name]
+        assert bool((module.weight[before == 0] == 0).all()), name
+        assert not torch.equal(module.weight, before), name
 
 
 def test_a_scaling_keeps_the_zeros(tokenizer, windows, pruned_alone):
