@@ -1,5 +1,6 @@
-"""Two processes over gloo give what one gives."""
+"""Two processes over gloo give what one gives: each weight solved and written by one of them, errors shared."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,59 +10,103 @@ import torch
 from safetensors.torch import load_file
 
 from sinkprune_plugin.loading import EMBEDDED_MODEL
+from sinkprune_plugin.modifiers import distributed
 
+# Both modifiers in turn, then one that fails in the last process only.
 SCRIPT = """
-import os, sys
+import json, sys
 import torch, torch.distributed as dist
+from compressed_tensors.offload.cache import CPUCache
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
-if "RANK" in os.environ:
-    dist.init_process_group("gloo")
 from llmcompressor import oneshot
+from llmcompressor.core import reset_session
+from safetensors.torch import save_file
+from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.loading import load_model, load_tokenizer
-model = load_model(r"{model}", torch.float32)
+from sinkprune_plugin.modifiers.distributed import rank, world_size
+from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
+from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
+
+if len(sys.argv) > 2:
+    dist.init_process_group("gloo")
 rows = {rows}
 data = Dataset.from_dict({{"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}})
-oneshot(model=model, tokenizer=load_tokenizer(r"{model}"), dataset=data, recipe=r"{recipe}",
-        num_calibration_samples=3, max_seq_length=128, shuffle_calibration_samples={shuffle})
-rank = dist.get_rank() if dist.is_initialized() else 0
-save_file({{k: v.contiguous() for k, v in model.state_dict().items()}}, sys.argv[1] + f"/{{rank}}.safetensors")
-if dist.is_initialized():
-    dist.destroy_process_group()
-"""
-
-RECIPE = """
-prune_stage:
-  prune_modifiers:
-    {modifier}:
-      sparsity: 0.5
-      diffusion_steps: 4
-      sample_interval: 2
-"""
+solved, written = [], []
 
 
-@pytest.mark.parametrize("modifier", ["SinkAwareWandaModifier", "SinkAwareSparseGPTModifier"])
-def test_two_processes_equal_one(modifier, tmp_path, golden_windows):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE.format(modifier=modifier))
-    script = tmp_path / "script.py"
+def counting(cls):
+    class Counting(cls):
+        def _solved(self, target, solver):
+            solved.append(target.name)
+            return super()._solved(target, solver)
+
+    return Counting
+
+
+class Failing(SinkAwareWandaModifier):
+    propagate_error: bool = True
+
+    def _observe(self, leader, x, each):
+        if rank() == world_size() - 1 and ".blocks.2." in leader:
+            raise UsageError("nothing works here")
+        super()._observe(leader, x, each)
+
+
+update = CPUCache.update_offload
+CPUCache.update_offload = lambda self, offloaded, value: (written.append(1), update(self, offloaded, value))[1]
+
+
+def prune(cls, shuffle):
+    reset_session()
+    solved.clear(), written.clear()
+    model = load_model(r"{model}", torch.float32)
+    modifier = cls(sparsity=0.5, diffusion_steps=4, sample_interval=2)
     # Three of four samples: shuffled, each process would draw others if the recipe's seed didn't hold.
-    shuffle = modifier == "SinkAwareWandaModifier"
-    rows = golden_windows[:4, :128].tolist()
-    script.write_text(SCRIPT.format(model=EMBEDDED_MODEL, recipe=recipe, rows=rows, shuffle=shuffle))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    oneshot(model=model, tokenizer=load_tokenizer(r"{model}"), dataset=data, recipe=[modifier],
+            num_calibration_samples=3, max_seq_length=64, shuffle_calibration_samples=shuffle)
+    return {{k: v.contiguous() for k, v in model.state_dict().items()}}
+
+
+for cls in (SinkAwareWandaModifier, SinkAwareSparseGPTModifier):
+    weights = prune(counting(cls), shuffle=cls is SinkAwareWandaModifier)
+    name = sys.argv[1] + f"/{{cls.__name__}}-{{rank()}}"
+    save_file(weights, name + ".safetensors")
+    json.dump([solved, len(written)], open(name + ".json", "w"))
+try:
+    prune(Failing, shuffle=False)
+except UsageError as error:
+    open(sys.argv[1] + f"/error-{{rank()}}", "w").write(str(error))
+"""
+
+MODIFIERS = ["SinkAwareWandaModifier", "SinkAwareSparseGPTModifier"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, golden_windows):
+    """Directories with the results of one process and of two."""
+    directory = tmp_path_factory.mktemp("torchrun")
+    script = directory / "script.py"
+    script.write_text(SCRIPT.format(model=EMBEDDED_MODEL, rows=golden_windows[:4, :64].tolist()))
     launch = {
-        "one": [sys.executable, str(script)],
-        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
+        "one": [sys.executable, str(script), str(directory / "one")],
+        "two": [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *(str(script), str(directory / "two"), "distributed"),
+        ],
     }
     for name, command in launch.items():
-        (tmp_path / name).mkdir()
-        done = subprocess.run(
-            [*command, str(tmp_path / name)], capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path
-        )
+        (directory / name).mkdir()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # A process that waits for another one that failed would wait until this ends.
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=directory)
         assert done.returncode == 0, done.stderr[-3000:]
-    one = load_file(tmp_path / "one" / "0.safetensors")
-    first, second = (load_file(tmp_path / "two" / f"{rank}.safetensors") for rank in (0, 1))
+    return directory / "one", directory / "two"
+
+
+@pytest.mark.parametrize("modifier", MODIFIERS)
+def test_two_processes_equal_one(modifier, runs):
+    one = load_file(runs[0] / f"{modifier}-0.safetensors")
+    first, second = (load_file(runs[1] / f"{modifier}-{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first), "the ranks disagree"
     same = sum(int(((one[key] == 0) == (first[key] == 0)).sum()) for key in one)
     total = sum(tensor.numel() for tensor in one.values())
@@ -72,3 +117,31 @@ def test_two_processes_equal_one(modifier, tmp_path, golden_windows):
         # Hessians are float32 sums in another order; a flipped near tie moves its row (0.05 % seen between one and two
         # threads of one process).
         assert same / total > 0.995
+
+
+@pytest.mark.parametrize("modifier", MODIFIERS)
+def test_each_weight_is_solved_and_written_by_one_process(modifier, runs):
+    ((alone, writes),) = [json.loads((runs[0] / f"{modifier}-0.json").read_text())]
+    first, second = (json.loads((runs[1] / f"{modifier}-{rank}.json").read_text()) for rank in (0, 1))
+    assert len(alone) == len(set(alone)) == writes == 7 * 6
+    assert first[0]
+    assert second[0]
+    assert sorted(first[0] + second[0]) == sorted(alone)
+    # The memory is shared, so a second writer would write the same place.
+    assert (first[1], second[1]) == (len(first[0]), len(second[0]))
+
+
+def test_an_error_in_one_process_ends_all_of_them(runs):
+    assert (runs[0] / "error-0").read_text() == "nothing works here"
+    assert (runs[1] / "error-0").read_text() == "process 1 of 2 failed: nothing works here"
+    assert (runs[1] / "error-1").read_text() == "nothing works here"
+
+
+def test_each_process_works_on_the_accelerator_of_its_local_rank(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 8)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    distributed.use_own_device()
+    assert chosen == [3]

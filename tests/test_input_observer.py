@@ -3,6 +3,7 @@ import torch
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers.input_observer import InputObserver
+from sinkprune_plugin.modifiers.passes import CalibrationPass
 from sinkprune_plugin.modifiers.targets import PruningTarget
 
 
@@ -20,13 +21,16 @@ class Attention(torch.nn.Module):
 
 def observe(model, names, x, seen):
     targets = [PruningTarget(name, model.get_submodule(name), 0) for name in names]
-    observer = InputObserver(targets, lambda leader, value: seen.append((leader, value)))
+    each = CalibrationPass({}, torch.ones(x.shape[:2]))
+    observer = InputObserver(targets, lambda leader, value, _pass: seen.append((leader, value)))
     handles = observer.attach(lambda module, hook, kind, **kw: getattr(module, f"register_{kind}_hook")(hook, **kw))
-    observer.begin(*x.shape[:2])
+    # Outside of a pass nobody looks.
+    model(x)
+    assert not seen
     try:
-        model(x)
+        with observer.watching(0, each):
+            model(x)
     finally:
-        observer.end()
         for handle in handles:
             handle.remove()
     return observer
@@ -59,7 +63,8 @@ def test_a_tensor_changed_in_place_between_calls_is_another_input():
 
 def test_unreached_targets_are_named():
     observer = observe(Attention(), ["q", "unused"], torch.randn(1, 2, 4), [])
-    assert observer.unreached() == ["unused"]
+    with pytest.raises(UsageError, match=r"never reached 1 target\(s\): unused; add them to `ignore`"):
+        observer.require_reached()
 
 
 def test_flattened_inputs_are_read_as_sequences():

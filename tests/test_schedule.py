@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sinkprune_plugin.diffusion import timestep_grid, timestep_row_scale
+from sinkprune_plugin.diffusion import timestep_grid, timestep_weight
 from sinkprune_plugin.errors import UsageError
 
 
@@ -37,16 +37,16 @@ def test_numbers_that_are_not_positive(steps, interval):
 
 
 @pytest.mark.parametrize("t", [0.02, 0.1, 0.5, 1.0])
-def test_row_scale_squared_is_the_weight(t):
-    assert timestep_row_scale(t, "uniform") == 1.0
-    # One rounding of pow and one of the square: a few units in the last place of a double.
-    assert math.isclose(timestep_row_scale(t, "inverse") ** 2, 1 / t, rel_tol=1e-14)
-    assert math.isclose(timestep_row_scale(t, "inverse_square") ** 2, 1 / t**2, rel_tol=1e-14)
+def test_timestep_weights_are_inverse_powers(t):
+    assert timestep_weight(t, "uniform") == 1.0
+    # One rounding of pow: a few units in the last place of a double.
+    assert math.isclose(timestep_weight(t, "inverse"), 1 / t, rel_tol=1e-14)
+    assert math.isclose(timestep_weight(t, "inverse_square"), 1 / t**2, rel_tol=1e-14)
 
 
-def test_row_scale_errors():
+def test_timestep_weight_errors():
     with pytest.raises(UsageError, match="'linear'; it must be one of uniform, inverse, inverse_square"):
-        timestep_row_scale(0.5, "linear")
+        timestep_weight(0.5, "linear")
     for t in (0.0, -0.1, 1.1, math.nan):
         with pytest.raises(UsageError, match=r"must be in \(0, 1\]"):
-            timestep_row_scale(t, "inverse")
+            timestep_weight(t, "inverse")

@@ -8,6 +8,7 @@ from sinkprune_plugin.modifiers.mask_structure import MaskStructure
 from sinkprune_plugin.modifiers.sparsegpt.sparsegpt_sparsify import (
     accumulate_hessian,
     invert_hessian,
+    product_precision,
     sparsify_weight,
 )
 
@@ -106,6 +107,60 @@ def test_token_weights_scale_rows_before_the_outer_product():
     rows = (weights[0].double().unsqueeze(1)) * x[0].double()
     # 20 products in float32: 20 × 2⁻²⁴ relative to the largest entry.
     torch.testing.assert_close(H.double(), rows.T @ rows, rtol=1e-4, atol=1e-4)
+
+
+def test_the_weight_of_a_timestep_scales_the_sum():
+    _, x = make_case(4, 1, 8, tokens=20)
+    H, scaled = torch.zeros(8, 8), torch.zeros(8, 8)
+    accumulate_hessian(H, x, torch.ones(1, 20))
+    accumulate_hessian(scaled, x, torch.ones(1, 20), 7.0)
+    # One float32 rounding.
+    torch.testing.assert_close(scaled, 7 * H, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "precision"),
+    [
+        (torch.bfloat16, "cuda", "tf32"),
+        (torch.float16, "cuda", "tf32"),
+        (torch.float32, "cuda", "ieee"),
+        (torch.bfloat16, "cpu", None),
+    ],
+)
+def test_the_precision_of_products_is_chosen_by_dtype_and_device(dtype, device, precision):
+    assert product_precision(dtype, device) == precision
+
+
+def to_tf32(x):
+    """Round float32 to the eleven significant bits of TF32, to nearest even."""
+    bits = x.view(torch.int32)
+    bits = bits + 0xFFF + ((bits >> 13) & 1)
+    return (bits & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_half_precision_are_exact_in_tf32(dtype):
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(0)).to(dtype).float()
+    assert torch.equal(to_tf32(x), x)
+    # A soft weight rounds the row once, by at most half a unit of eleven bits.
+    soft = 0.3 * x
+    assert ((to_tf32(soft) - soft).abs() <= 2.0**-11 * soft.abs()).all()
+    assert not torch.equal(to_tf32(soft), soft)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_hessians_on_a_gpu_are_as_exact_as_float32(dtype):
+    x = torch.randn(2, 512, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weights = (torch.rand(2, 512, generator=torch.Generator().manual_seed(1)) > 0.1).float()
+    H = torch.zeros(256, 256, device="cuda")
+    before = torch.backends.cuda.matmul.fp32_precision
+    accumulate_hessian(H, x.cuda(), weights.cuda())
+    assert torch.backends.cuda.matmul.fp32_precision == before
+    rows = (weights.double().unsqueeze(-1) * x.double()).flatten(0, 1)
+    # 1024 float32 sums of exact products: 1024 × 2⁻²⁴ of the largest entry at the very most.
+    torch.testing.assert_close(H.cpu().double(), rows.T @ rows, rtol=0, atol=1024 * 2.0**-24 * 1024)
 
 
 def test_bfloat16_inputs_are_accumulated_in_float32():

@@ -23,7 +23,7 @@ from sinkprune_plugin.diffusion.likelihood import (
     perplexity_on,
     score_windows,
 )
-from sinkprune_plugin.diffusion.schedule import timestep_grid, timestep_row_scale
+from sinkprune_plugin.diffusion.schedule import timestep_grid, timestep_weight
 
 __all__ = [
     "Corruption",
@@ -47,5 +47,5 @@ __all__ = [
     "sample_generator",
     "score_windows",
     "timestep_grid",
-    "timestep_row_scale",
+    "timestep_weight",
 ]

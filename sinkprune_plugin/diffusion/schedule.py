@@ -4,7 +4,7 @@ import math
 
 from sinkprune_plugin.errors import UsageError
 
-__all__ = ["timestep_grid", "timestep_row_scale"]
+__all__ = ["timestep_grid", "timestep_weight"]
 
 # Exponent e of the weight t**-e that sums of squares get.
 _WEIGHT_EXPONENTS = {"uniform": 0, "inverse": 1, "inverse_square": 2}
@@ -32,16 +32,16 @@ def timestep_grid(diffusion_steps: int, sample_interval: int) -> tuple[float, ..
     return tuple(step / diffusion_steps for step in range(sample_interval, diffusion_steps + 1, sample_interval))
 
 
-def timestep_row_scale(timestep: float, weighting: str) -> float:
-    """Factor on the token rows of a timestep, so that sums of squares are weighted by 1, 1/t or 1/t².
+def timestep_weight(timestep: float, weighting: str) -> float:
+    """Weight of a timestep in sums of squares: 1, 1/t or 1/t².
 
     :param timestep: t in (0, 1]
     :param weighting: "uniform", "inverse" or "inverse_square"
-    :return: 1, t^(-1/2) or t^(-1)
+    :return: the weight, at least 1
     :raises UsageError: if the weighting is unknown or t is outside (0, 1]
     """
     if weighting not in _WEIGHT_EXPONENTS:
         raise UsageError(f"timestep_weighting is {weighting!r}; it must be one of {', '.join(_WEIGHT_EXPONENTS)}")
     if not 0 < timestep <= 1:
         raise UsageError(f"timestep is {timestep}; it must be in (0, 1]")
-    return math.pow(timestep, -_WEIGHT_EXPONENTS[weighting] / 2)
+    return math.pow(timestep, -_WEIGHT_EXPONENTS[weighting])

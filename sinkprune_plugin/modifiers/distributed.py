@@ -1,12 +1,31 @@
-"""Samples split over ranks, statistics summed: the few collective operations that calibration needs."""
+"""Calibration on several processes: samples split over ranks, statistics summed where they are solved.
 
-from collections.abc import Iterable
+Each weight has one owner. The owner gets the sum of all ranks' statistics, solves, and hands the result to the others.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from compressed_tensors.distributed import as_broadcastable, greedy_bin_packing
+from compressed_tensors.offload import update_offload_parameter
+from compressed_tensors.offload.cache import DistributedCPUCache, DistributedDiskCache, OffloadCache
 
-__all__ = ["gather_objects", "rank", "sum_over_ranks", "world_size"]
+from sinkprune_plugin.errors import UsageError
+
+__all__ = [
+    "assign_owners",
+    "failing_together",
+    "gather_objects",
+    "rank",
+    "reduce_to_owner",
+    "replace_weight",
+    "use_own_device",
+    "world_size",
+]
 
 
 def world_size() -> int:
@@ -19,18 +38,14 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def sum_over_ranks(tensors: Iterable[torch.Tensor]) -> None:
-    """Add up each tensor over all processes, in place. Every process passes the same shapes in the same order.
+def use_own_device() -> None:
+    """Make the accelerator of this process its current one, as llm-compressor's ``init_dist`` does.
 
-    :param tensors: statistics, on any device
+    A script that calls ``init_process_group`` itself leaves every process on the first device, and collectives of NCCL
+    then wait for each other.
     """
-    if world_size() == 1:
-        return
-    for tensor in tensors:
-        # NCCL moves device memory only.
-        shared = tensor.to(torch.accelerator.current_accelerator()) if dist.get_backend() == "nccl" else tensor
-        dist.all_reduce(shared, op=dist.ReduceOp.SUM)
-        tensor.copy_(shared)
+    if world_size() > 1 and torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK") or rank()))
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -44,3 +59,81 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """End on every process if one of them fails in here, rather than leave the others waiting for it.
+
+    There must be no collective operation inside.
+
+    :raises UsageError: on the processes that had no error of their own
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if world_size() == 1:
+            raise
+        failure = error
+    texts = gather_objects(None if failure is None else f"{failure}")
+    if failure is not None:
+        raise failure
+    for index, text in enumerate(texts):
+        if text is not None:
+            raise UsageError(f"process {index} of {world_size()} failed: {text}")
+
+
+def assign_owners(names: Sequence[str], cost: Callable[[str], float]) -> dict[str, int]:
+    """Spread work over the processes.
+
+    :param names: names of the pieces, the same ones in the same order on every process
+    :param cost: cost of a piece
+    :return: name → rank of its owner
+    """
+    _, _, owners = greedy_bin_packing(list(names), world_size(), cost)
+    return owners
+
+
+def reduce_to_owner(tensor: torch.Tensor, owner: int) -> None:
+    """Sum a tensor over all processes, in place on the owner; on the others it is worthless afterwards.
+
+    :param tensor: statistics, the same shape everywhere
+    :param owner: rank that needs the sum
+    """
+    if world_size() == 1:
+        return
+    # NCCL moves device memory only, and a Hessian may be offloaded.
+    shared = tensor.to(torch.accelerator.current_accelerator()) if dist.get_backend() == "nccl" else tensor
+    dist.reduce(shared, dst=owner, op=dist.ReduceOp.SUM)
+    if shared is not tensor and rank() == owner:
+        tensor.copy_(shared)
+
+
+def replace_weight(module: torch.nn.Linear, weight: torch.Tensor | None, owner: int) -> torch.Tensor:
+    """Put a weight into a module on every process, also where it is offloaded.
+
+    :param module: module with a ``weight``
+    :param weight: the new weight on its owner, None elsewhere
+    :param owner: rank that has it
+    :return: the new weight, on every process
+    """
+    if weight is None:
+        weight = torch.empty_like(module.weight, memory_format=torch.contiguous_format)
+    if world_size() == 1:
+        update_offload_parameter(module, "weight", weight)
+        return weight
+    weight = weight.contiguous()
+    dist.broadcast(as_broadcastable(weight), src=owner)
+    cache = module._parameters
+    if isinstance(cache, DistributedCPUCache | DistributedDiskCache) and rank() != owner:
+        # All processes share this memory or file, and only its owner writes. What is onloaded here is a copy of it.
+        offloaded = cache.offloaded_values["weight"]
+        onloaded = OffloadCache.keep_onloaded_values.get(offloaded)
+        if onloaded is not None and onloaded is not offloaded:
+            onloaded.copy_(weight)
+    else:
+        update_offload_parameter(module, "weight", weight)
+    # Nobody reads the shared weight before it is there.
+    dist.barrier()
+    return weight

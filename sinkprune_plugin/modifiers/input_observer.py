@@ -1,43 +1,45 @@
 """Hooks on the inputs of Linears, with one look at an input that several of them share (q/k/v, gate/up)."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.modifiers.passes import CalibrationPass
 from sinkprune_plugin.modifiers.targets import PruningTarget
 
 __all__ = ["InputObserver"]
 
-Observe = Callable[[str, torch.Tensor], None]
+Observe = Callable[[str, torch.Tensor, CalibrationPass], None]
 
 
 class InputObserver:
-    """Call ``observe(leader, x)`` once for every distinct input of a forward pass.
+    """Call ``observe(leader, x, each)`` once for every distinct input in a calibration pass.
 
     Linears called one after the other with the same tensor share a leader, the first of them; ``leaders`` says whose
     statistics are whose. Only the latest input is held, so no activation outlives the call that follows it.
 
     :param targets: Linears to watch
-    :param observe: receives the leader's name and its input (B, T, C)
+    :param observe: receives the leader's name, its input (B, T, C) and the pass
     """
 
     def __init__(self, targets: Sequence[PruningTarget], observe: Observe) -> None:
         self.leaders: dict[str, str] = {}
         self._observe = observe
-        self._shape: tuple[int, int] = (0, 0)
+        self._pass: CalibrationPass | None = None
         self._latest: tuple[torch.Tensor, int, str] | None = None
         self._targets = targets
 
-    def begin(self, batch_size: int, tokens: int) -> None:
-        """Announce a forward pass over (batch_size, tokens) ids."""
-        self._shape = (batch_size, tokens)
-        self._latest = None
-
-    def end(self) -> None:
-        """Let go of the last input."""
-        self._latest = None
+    @contextlib.contextmanager
+    def watching(self, _number: int, each: CalibrationPass) -> Iterator[None]:
+        """Look at the inputs that come meanwhile, as ones of this pass; outside of it the hooks do nothing."""
+        self._pass = each
+        try:
+            yield
+        finally:
+            self._pass = self._latest = None
 
     def attach(self, register_hook: Callable[..., Any]) -> set[Any]:
         """Register the hooks.
@@ -51,12 +53,23 @@ class InputObserver:
             for target in self._targets
         }
 
-    def unreached(self) -> list[str]:
-        """Names of the targets that no forward pass has come through."""
-        return [target.name for target in self._targets if target.name not in self.leaders]
+    def require_reached(self) -> None:
+        """Check that every target has had an input.
+
+        :raises UsageError: if there is one that no pass has come through
+        """
+        missing = [target.name for target in self._targets if target.name not in self.leaders]
+        if missing:
+            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise UsageError(
+                f"calibration never reached {len(missing)} target(s): {shown}; add them to `ignore` or calibrate on "
+                "data that uses them"
+            )
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._pass is None:
+                return
             x = args[0] if args else kwargs["input"]
             if self._latest is not None:
                 latest, version, leader = self._latest
@@ -65,12 +78,12 @@ class InputObserver:
                     return
             self._latest = (x, x._version, name)
             self.leaders[name] = name
-            self._observe(name, self._as_sequences(name, x))
+            self._observe(name, self._as_sequences(name, x, *self._pass.shape), self._pass)
 
         return hook
 
-    def _as_sequences(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        batch_size, tokens = self._shape
+    @staticmethod
+    def _as_sequences(name: str, x: torch.Tensor, batch_size: int, tokens: int) -> torch.Tensor:
         if x.numel() != batch_size * tokens * x.shape[-1]:
             raise UsageError(
                 f"the input of {name} has shape {tuple(x.shape)}, which can't be matched to {batch_size} × {tokens} "

@@ -1,23 +1,18 @@
 """Sink-aware SparseGPT as an llm-compressor modifier."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.utils import get_execution_device
 from pydantic import Field, PrivateAttr, model_validator
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers import distributed
-from sinkprune_plugin.modifiers.base import SinkAwareModifierBase
-from sinkprune_plugin.modifiers.block_runner import BlockRunner
-from sinkprune_plugin.modifiers.calibration import CalibrationBatch, forward
-from sinkprune_plugin.modifiers.sparsegpt.sparsegpt_sparsify import (
-    InverseFactor,
-    accumulate_hessian,
-    invert_hessian,
-    sparsify_weight,
-)
-from sinkprune_plugin.modifiers.targets import PruningTarget
+from sinkprune_plugin.modifiers.base import SinkAwareModifierBase, Solver
+from sinkprune_plugin.modifiers.passes import CalibrationPass, PassEngine
+from sinkprune_plugin.modifiers.run_estimate import SweepPlan, hessian_bytes
+from sinkprune_plugin.modifiers.sparsegpt.sparsegpt_sparsify import accumulate_hessian, invert_hessian, sparsify_weight
+from sinkprune_plugin.modifiers.trajectory import clean_pass
 
 __all__ = ["SinkAwareSparseGPTModifier"]
 
@@ -43,8 +38,10 @@ class SinkAwareSparseGPTModifier(SinkAwareModifierBase):
 
     - on_initialize: resolve family and targets, validate
     - on_calibration_start
-        - for every sample and timestep: corrupt, run the dense model once, find the sinks, keep the first block's input
-        - block by block: accumulate the token-weighted Hessians, sum over ranks, prune, pass the outputs on
+        - corrupt every sample at every timestep
+        - first sweep over the blocks: find the sinks
+        - second sweep, block by block: accumulate the token-weighted Hessians, sum over ranks, prune, pass the outputs
+          on
     - on_finalize: remove hooks
 
     Further fields: see :class:`SinkAwareModifierBase`. Error is always propagated from block to block.
@@ -53,7 +50,8 @@ class SinkAwareSparseGPTModifier(SinkAwareModifierBase):
         with its own 1 − m; ``clean`` as published: clean samples, rows weighted with 1 − the mean of m over timesteps
     :param block_size: columns in a lazy-update block
     :param dampening_frac: share of the mean diagonal added to the Hessian's diagonal
-    :param offload_hessians: keep Hessians in main memory between updates: less device memory, more time
+    :param offload_hessians: keep the Hessians of a block in main memory while they wait to be solved: less device
+        memory, a little more time
     """
 
     calibrate_on: Literal["corrupted", "clean"] = "corrupted"
@@ -80,54 +78,48 @@ class SinkAwareSparseGPTModifier(SinkAwareModifierBase):
                 )
         return values
 
-    def _calibrate_and_prune(self, model: torch.nn.Module) -> None:
-        runner = BlockRunner(self._blocks)
-        passes: list[tuple[CalibrationBatch, torch.Tensor, torch.Tensor]] = []
+    def _calibrate_and_prune(self, engine: PassEngine) -> None:
+        noisy = self._corrupted_passes()
+        masks = self._find_sinks(engine, noisy)
         if self.calibrate_on == "corrupted":
-            masks = self._soft_masks(model, runner)
-            for batch, mask in zip(self._batches, masks, strict=True):
-                for step_index, timestep in enumerate(self._grid):
-                    weights = self._row_scale(timestep) * self._token_weights(mask[:, step_index], batch)
-                    passes.append((batch, self._noisy_ids(batch, step_index, timestep), weights))
+            passes = self._without_sinks(noisy, masks)
         else:
-            masks = self._soft_masks(model, None)
-            for batch, mask in zip(self._batches, masks, strict=True):
+            passes = [
+                _weighted(clean_pass(batch), 1.0 - mask.mean(dim=1))
+                for batch, mask in zip(self._batches, masks, strict=True)
+            ]
+        self._samples = sum(distributed.gather_objects(sum(len(each.row_weights) for each in passes)))
+        self._prune_in_one_sweep(engine, passes, propagate=True)
 
-                def run_model(batch: CalibrationBatch = batch) -> None:
-                    forward(model, batch.input_ids, batch.valid)
+    def _sweeps(self, clean: SweepPlan, noisy: SweepPlan) -> tuple[SweepPlan, ...]:
+        return noisy, replace(noisy if self.calibrate_on == "corrupted" else clean, runs_per_block=2)
 
-                runner.record(run_model, whole_model=False)
-                passes.append((batch, batch.input_ids, self._token_weights(mask.mean(dim=1), batch)))
-        count = sum(len(weights) for _, _, weights in passes)
-        self._samples = sum(distributed.gather_objects(count))
-        self._prune_block_by_block(model, runner, passes)
+    def _statistics_bytes(self, noisy: SweepPlan) -> int:
+        del noisy
+        return hessian_bytes(self._targets)
 
-    def _observe_weighted(self, leader: str, x: torch.Tensor, weights: torch.Tensor, batch: CalibrationBatch) -> None:
+    def _observe(self, leader: str, x: torch.Tensor, each: CalibrationPass) -> None:
         if leader not in self._hessians:
             size = x.shape[-1]
             self._hessians[leader] = torch.zeros(size, size, dtype=torch.float32, device=x.device)
-        H = self._hessians[leader].to(x.device)
-        accumulate_hessian(H, x, weights)
-        if not bool(torch.isfinite(H.diagonal()).all()):
-            raise UsageError(
-                f"the input of {leader} in calibration batch {batch.index} has NaN or Inf; check the checkpoint or "
-                "load it with dtype float32"
-            )
-        self._hessians[leader] = H.to("cpu") if self.offload_hessians else H
+        H = self._hessians[leader]
+        accumulate_hessian(H, x, each.row_weights.to(x.device), each.square_scale)
+        self._finite.note(H.diagonal(), leader, each.source)
 
-    def _prune(self, targets: list[PruningTarget], leaders: dict[str, str]) -> None:
-        for leader in sorted({leaders[target.name] for target in targets}):
-            served = [target for target in targets if leaders[target.name] == leader]
-            device = get_execution_device(served[0].module)
-            H = self._hessians.pop(leader).to(device)
-            distributed.sum_over_ranks([H])
-            factor = invert_hessian(H.mul_(2.0 / self._samples), self.dampening_frac, leader)
-            for target in served:
-                sparsity = self._sparsity_of(target)
+    def _take_statistics(self, leader: str) -> torch.Tensor:
+        H = self._hessians.pop(leader)
+        # Once for each block, after its last input: from then on one Hessian at a time is on the device.
+        return _to_main_memory(H) if self.offload_hessians else H
 
-                def prune(
-                    W: torch.Tensor, sparsity: float = sparsity, factor: InverseFactor = factor
-                ) -> tuple[torch.Tensor, float]:
-                    return sparsify_weight(W, factor, sparsity, self._structure, block_size=self.block_size)
+    def _solver(self, leader: str, statistics: torch.Tensor, device: torch.device) -> Solver:
+        H = statistics.to(device).mul_(2.0 / self._samples)
+        factor = invert_hessian(H, self.dampening_frac, leader)
+        return lambda W, sparsity: sparsify_weight(W, factor, sparsity, self._structure, block_size=self.block_size)
 
-                self._replace_weight(target, prune)
+
+def _weighted(each: CalibrationPass, weights: torch.Tensor) -> CalibrationPass:
+    return replace(each, row_weights=each.row_weights.to(weights.device) * weights)
+
+
+def _to_main_memory(H: torch.Tensor) -> torch.Tensor:
+    return H.to("cpu")

@@ -3,6 +3,8 @@
 SparseGPT: arXiv 2301.00774; token weights: "Sink-Aware Pruning for Diffusion Language Models" (arXiv 2602.17664).
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,21 +12,54 @@ import torch
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers.mask_structure import MaskStructure, lowest_in_rows
 
-__all__ = ["InverseFactor", "accumulate_hessian", "invert_hessian", "sparsify_weight"]
+__all__ = ["InverseFactor", "accumulate_hessian", "invert_hessian", "product_precision", "sparsify_weight"]
 
 SGPT_PRECISION = torch.float32
 
 
-def accumulate_hessian(H: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> None:
-    """H += Σ_k (w_k x_k)(w_k x_k)ᵀ, in place.
+def accumulate_hessian(H: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, scale: float = 1.0) -> None:
+    """H += s Σ_k (w_k x_k)(w_k x_k)ᵀ, in place.
+
+    On CUDA the product of rows in bfloat16 or float16 runs in TF32, whose eleven significant bits hold theirs (eight
+    and eleven): with weights of 0 and 1 every product is exact, as in float32, and sums are float32 in both. The weight
+    of a soft mask between 0 and 1 is rounded to TF32 with its row, a relative error of at most 2⁻¹¹ for that token.
+    The scale is applied to the sum, where it rounds nothing.
 
     :param H: (C, C) float32
     :param x: (B, T, C) input of a Linear, any floating dtype
     :param weights: (B, T) float32 token weights w, 0 on padding
+    :param scale: weight s of the timestep
     """
     # float32 whatever the model's dtype: thousands of bfloat16 outer products would lose the small eigenvalues.
     rows = (x.to(SGPT_PRECISION) * weights.unsqueeze(-1)).reshape(-1, x.shape[-1])
-    H.addmm_(rows.T, rows)
+    with _product_precision(product_precision(x.dtype, x.device.type)):
+        H.addmm_(rows.T, rows, alpha=scale)
+
+
+def product_precision(dtype: torch.dtype, device_type: str) -> str | None:
+    """How the rows of an input are multiplied, in the words of ``torch.backends.cuda.matmul.fp32_precision``.
+
+    :param dtype: dtype of the input
+    :param device_type: where it is, for instance ``cuda``
+    :return: ``tf32`` where that is exact for the dtype, ``ieee`` for other dtypes, None off CUDA: nothing to choose
+    """
+    if device_type != "cuda":
+        return None
+    return "tf32" if dtype in (torch.bfloat16, torch.float16) else "ieee"
+
+
+@contextlib.contextmanager
+def _product_precision(precision: str | None) -> Iterator[None]:
+    if precision is None:
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = precision
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,25 @@
 """Sink-aware Wanda as an llm-compressor modifier."""
 
-import torch
-from loguru import logger
-from pydantic import PrivateAttr
+from collections.abc import Sequence
+from dataclasses import replace
 
-from sinkprune_plugin.errors import UsageError
+import torch
+from compressed_tensors.offload import disable_onloading
+from pydantic import PrivateAttr, model_validator
+
 from sinkprune_plugin.modifiers import distributed
-from sinkprune_plugin.modifiers.base import SinkAwareModifierBase
-from sinkprune_plugin.modifiers.block_runner import BlockRunner
-from sinkprune_plugin.modifiers.calibration import CalibrationBatch, forward
+from sinkprune_plugin.modifiers.base import SinkAwareModifierBase, Solver
 from sinkprune_plugin.modifiers.input_observer import InputObserver
-from sinkprune_plugin.modifiers.targets import PruningTarget
-from sinkprune_plugin.modifiers.wanda.wanda_sparsify import (
-    NEGLIGIBLE_MASK,
-    InputStatistics,
-    observe_input,
-    sparsify_weight,
-    weighted_square_sums,
-)
+from sinkprune_plugin.modifiers.passes import CalibrationPass, PassEngine
+from sinkprune_plugin.modifiers.run_estimate import SweepPlan
+from sinkprune_plugin.modifiers.wanda.wanda_sparsify import ActivationNorms, NormAggregation, sparsify_weight
 
 __all__ = ["SinkAwareWandaModifier"]
 
-# Memory for the rows that are set aside in one pass. Fixed rather than a share of what is free: the number of rows
-# decides the order of float operations, and the same recipe has to give the same mask on every machine.
-SET_ASIDE_BYTES = 2 * 2**30
-SET_ASIDE_MINIMUM = 32
+# Memory for the inputs of all targets in all passes, up to which they are kept while the sinks are being found. A small
+# model then needs one sweep instead of two. Fixed rather than a share of what is free, so that a recipe takes the same
+# path on every machine; the masks are the same on both.
+ONE_SWEEP_BYTES = 2 * 2**30
 
 
 class SinkAwareWandaModifier(SinkAwareModifierBase):
@@ -48,201 +43,96 @@ class SinkAwareWandaModifier(SinkAwareModifierBase):
 
     - on_initialize: resolve family and targets, validate
     - on_calibration_start
-        - for every sample and timestep: corrupt, run the model once, gather attention mass and sums of squares,
-          correct them with the soft sink mask once it is known
-        - sum over ranks, prune all targets
-        - with ``propagate_error``: find the sinks first, then gather and prune block by block
+        - corrupt every sample at every timestep
+        - first sweep over the blocks: find the sinks
+        - second sweep: activation norms without them, summed over ranks; prune
+        - small models: the inputs of the first sweep are kept, and the second sweep is left out
     - on_finalize: remove hooks
 
-    Further fields: see :class:`SinkAwareModifierBase`. With ``timestep_weighting: uniform`` the activation norm of a
-    feature is the published sum of norms over samples and timesteps; ``inverse`` and ``inverse_square`` take the root
-    of the weighted sum of squares.
+    Further fields: see :class:`SinkAwareModifierBase`.
 
-    :param propagate_error: block by block, so that later blocks are scored on the outputs of pruned ones; False scores
-        every layer on the dense model, as published
+    :param propagate_error: later blocks are scored on the outputs of pruned ones; False scores every layer on the dense
+        model, as published
+    :param norm_aggregation: ``sum_of_norms`` over samples and timesteps, as published, or ``sum_of_squares``, the root
+        of the weighted sum of squares; left out: ``sum_of_norms`` for ``timestep_weighting: uniform``, else
+        ``sum_of_squares``
     """
 
     propagate_error: bool = False
+    norm_aggregation: NormAggregation | None = None
 
-    # By leader, over samples and timesteps: Σ ‖(1 − m) ⊙ X_j‖ as published; Σ ‖…‖² / t^p where timesteps are weighted.
-    _norms: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
-    _passes: int = PrivateAttr(default=0)
-    _reruns: int = PrivateAttr(default=0)
+    _norms: dict[str, ActivationNorms] = PrivateAttr(default_factory=dict)
 
-    def _calibrate_and_prune(self, model: torch.nn.Module) -> None:
-        if self.propagate_error:
-            runner = BlockRunner(self._blocks)
-            masks = self._soft_masks(model, runner)
-            passes = [
-                (
-                    batch,
-                    self._noisy_ids(batch, step_index, timestep),
-                    self._row_scale(timestep) * self._token_weights(mask[:, step_index], batch),
-                )
-                for batch, mask in zip(self._batches, masks, strict=True)
-                for step_index, timestep in enumerate(self._grid)
-            ]
-            self._prune_block_by_block(model, runner, passes)
+    @model_validator(mode="after")
+    def _choose_aggregation(self) -> "SinkAwareWandaModifier":
+        if self.norm_aggregation is None:
+            uniform = self.timestep_weighting == "uniform"
+            self.__dict__["norm_aggregation"] = "sum_of_norms" if uniform else "sum_of_squares"
+        return self
+
+    def _calibrate_and_prune(self, engine: PassEngine) -> None:
+        passes = self._corrupted_passes()
+        if self._keeps_inputs(sum(each.row_weights.numel() for each in passes)):
+            self._prune_on_kept_inputs(engine, passes)
         else:
-            leaders = self._one_pass_norms(model)
-            self._prune(self._targets, leaders)
+            passes = self._without_sinks(passes, self._find_sinks(engine, passes))
+            self._prune_in_one_sweep(engine, passes, propagate=self.propagate_error)
 
-    # ---- one pass: the mask corrects the statistics afterwards
+    def _sweeps(self, clean: SweepPlan, noisy: SweepPlan) -> tuple[SweepPlan, ...]:
+        del clean
+        if self._keeps_inputs(noisy.tokens):
+            return (noisy,)
+        return noisy, replace(noisy, runs_per_block=2 if self.propagate_error else 1)
 
-    def _one_pass_norms(self, model: torch.nn.Module) -> dict[str, str]:
-        one_pass = _OnePass(self, model)
-        handles = one_pass.observer.attach(self.register_hook)
-        for batch in self._progress(self._batches, "calibrating"):
-            waiting: list[dict[str, InputStatistics]] = []
-            masks: list[torch.Tensor] = []
-            for step_index, timestep in enumerate(self._grid):
-                noisy_ids = self._noisy_ids(batch, step_index, timestep)
-                statistics, mass = one_pass.run(noisy_ids, batch)
-                mask = self._mask_of(mass, batch)
-                self._passes += 1
-                if not all(entry.covers(mask) for entry in statistics.values()):
-                    # Now the sinks are known, so the second run sets aside exactly them.
-                    self._reruns += 1
-                    statistics, _ = one_pass.run(noisy_ids, batch, chooser=mask)
-                masks.append(mask)
-                if self.sink_scope == "all":
-                    self._add_norms(statistics, mask, timestep, batch)
-                else:
-                    valid = batch.valid if batch.valid is None else batch.valid.to(mask.device)
-                    waiting.append({name: entry.keep_only(mask, valid) for name, entry in statistics.items()})
-            stacked = torch.stack(masks, dim=1)
-            self._tally.add(stacked)
-            # Which sinks persist is known only after the last timestep.
-            in_scope = self._in_scope(stacked)
-            for step_index, statistics in enumerate(waiting):
-                self._add_norms(statistics, in_scope[:, step_index], self._grid[step_index], batch)
+    def _statistics_bytes(self, noisy: SweepPlan) -> int:
+        norms = 8 * sum(target.module.in_features for target in self._targets)
+        return norms + (self._input_bytes(noisy.tokens) if self._keeps_inputs(noisy.tokens) else 0)
+
+    def _keeps_inputs(self, tokens: int) -> bool:
+        """Whether all inputs are kept while the sinks are found, so that one sweep does."""
+        # A target outside the blocks gets its input after the last block, where that sweep ends.
+        within_blocks = all(target.block is not None for target in self._targets)
+        return within_blocks and not self.propagate_error and self._input_bytes(tokens) <= ONE_SWEEP_BYTES
+
+    def _input_bytes(self, tokens: int) -> int:
+        """What the inputs of all targets take; Linears that share an input are counted each."""
+        # Weights are asked for their dtype only, which must not bring them in.
+        with disable_onloading():
+            return tokens * sum(t.module.in_features * t.module.weight.element_size() for t in self._targets)
+
+    def _prune_on_kept_inputs(self, engine: PassEngine, passes: Sequence[CalibrationPass]) -> None:
+        kept: dict[str, list[torch.Tensor]] = {}
+
+        def keep(leader: str, x: torch.Tensor, _each: CalibrationPass) -> None:
+            # A copy: the model may write into it later.
+            kept.setdefault(leader, []).append(x.clone())
+
+        observer = InputObserver(self._targets, keep)
+        handles = observer.attach(self.register_hook)
+        masks = self._find_sinks(engine, passes, observer.watching)
         self.remove_hooks(handles)
-        self._require_reached(one_pass.observer)
-        if self._reruns:
-            logger.info(
-                f"SinkAwareWandaModifier: {self._reruns} of {self._passes} passes were run again because a sink was "
-                "not among the rows set aside"
-            )
-        return one_pass.observer.leaders
+        passes = self._without_sinks(passes, masks)
+        with distributed.failing_together():
+            observer.require_reached()
+            for leader in list(kept):
+                for x, each in zip(kept.pop(leader), passes, strict=True):
+                    self._observe(leader, x, each)
+            self._finite.require()
+        self._prune(self._targets, observer.leaders)
 
-    def _add_norms(
-        self,
-        statistics: dict[str, InputStatistics],
-        mask: torch.Tensor,
-        timestep: float,
-        batch: CalibrationBatch,
-    ) -> None:
-        weights = self._row_scale(timestep) * self._token_weights(mask, batch)
-        for leader, entry in statistics.items():
-            self._add(leader, entry.square_sums(weights), batch)
+    def _observe(self, leader: str, x: torch.Tensor, each: CalibrationPass) -> None:
+        assert self.norm_aggregation is not None  # _choose_aggregation fills it
+        norms = self._norms.setdefault(leader, ActivationNorms(self.norm_aggregation))
+        terms = norms.add(x, each.row_weights.to(x.device), each.square_scale)
+        self._finite.note(terms, leader, each.source)
 
-    # ---- block by block: the mask is known before
+    def _take_statistics(self, leader: str) -> torch.Tensor:
+        total = self._norms[leader].total
+        assert total is not None  # a leader is named by its first input
+        return total
 
-    def _observe_weighted(self, leader: str, x: torch.Tensor, weights: torch.Tensor, batch: CalibrationBatch) -> None:
-        self._add(leader, weighted_square_sums(x, weights), batch)
-
-    @property
-    def _sums_norms(self) -> bool:
-        """The published statistic is a sum of norms; weights 1/t and 1/t² are defined on sums of squares."""
-        return self.timestep_weighting == "uniform"
-
-    def _add(self, leader: str, square_sums: torch.Tensor, batch: CalibrationBatch) -> None:
-        """Add the statistics of a batch.
-
-        :param leader: name of the target
-        :param square_sums: (B, C) float32, one vector a sample
-        :param batch: where they come from
-        """
-        if not bool(torch.isfinite(square_sums).all()):
-            raise UsageError(
-                f"the input of {leader} in calibration batch {batch.index} has NaN or Inf; check the checkpoint or "
-                "load it with dtype float32"
-            )
-        # Sums of thousands of terms, kept in float64 on the host: equal for one and for many processes.
-        terms = square_sums.sqrt() if self._sums_norms else square_sums
-        total = terms.to(device="cpu", dtype=torch.float64).sum(dim=0)
-        self._norms[leader] = self._norms[leader] + total if leader in self._norms else total
-
-    def _prune(self, targets: list[PruningTarget], leaders: dict[str, str]) -> None:
-        used = sorted({leaders[target.name] for target in targets})
-        distributed.sum_over_ranks(self._norms[leader] for leader in used)
-        for target in targets:
-            norms = self._norms[leaders[target.name]]
-            norms = norms if self._sums_norms else norms.sqrt()
-            sparsity = self._sparsity_of(target)
-            self._replace_weight(
-                target,
-                lambda W, norms=norms, s=sparsity: (sparsify_weight(W, norms, s, self._structure), None),
-            )
-        for leader in used:
-            del self._norms[leader]
-
-    def _extra_summary(self) -> str:
-        return "" if self.propagate_error else f"{self._reruns} of {self._passes} passes run again, "
-
-
-class _OnePass:
-    """One forward pass that yields attention mass and, for each distinct Linear input, its statistics."""
-
-    def __init__(self, modifier: SinkAwareWandaModifier, model: torch.nn.Module) -> None:
-        self.observer = InputObserver(modifier._targets, self._on_input)
-        self._modifier = modifier
-        self._model = model
-
-    def run(
-        self, noisy_ids: torch.Tensor, batch: CalibrationBatch, chooser: torch.Tensor | None = None
-    ) -> tuple[dict[str, InputStatistics], torch.Tensor]:
-        """Run the model.
-
-        :param noisy_ids: (B, T) int64
-        :param batch: the clean samples
-        :param chooser: (B, T) final sink mask, if it is known already; otherwise the running mass chooses
-        :return: statistics by leader, and the attention mass (B, T) float32 (empty if ``chooser`` was given)
-        """
-        self._statistics: dict[str, InputStatistics] = {}
-        self._early: list[tuple[str, torch.Tensor]] = []
-        self._batch = batch
-        self._chooser = chooser
-        self._rows = self._affordable_rows(len(noisy_ids))
-        self.observer.begin(*noisy_ids.shape)
-        if chooser is not None:
-            self._rows = int((chooser > NEGLIGIBLE_MASK).sum(dim=1).max())
-            forward(self._model, noisy_ids, batch.valid)
-            mass = chooser
-        else:
-            with self._modifier._capture(self._model, batch) as self._capture:
-                forward(self._model, noisy_ids, batch.valid)
-            mass = self._capture.mass
-        self._settle_early(mass)
-        self.observer.end()
-        return self._statistics, mass
-
-    def _affordable_rows(self, batch_size: int) -> int:
-        """Positions whose rows fit the budget, over all targets; Linears that share an input are counted each."""
-        row_bytes = sum(
-            target.module.in_features * target.module.weight.element_size() for target in self._modifier._targets
-        )
-        return max(SET_ASIDE_MINIMUM, SET_ASIDE_BYTES // (batch_size * row_bytes))
-
-    def _on_input(self, leader: str, x: torch.Tensor) -> None:
-        if self._chooser is not None:
-            # A copy: the first run may have failed because the model writes into its inputs.
-            self._keep(leader, x.clone(), self._chooser)
-        elif self._capture.layers:
-            mass = self._capture.mass
-            self._settle_early(mass)
-            self._keep(leader, x, mass)
-        else:
-            # Before the first attention call nothing is known of the sinks, so this input waits for it.
-            self._early.append((leader, x))
-
-    def _settle_early(self, mass: torch.Tensor) -> None:
-        for leader, x in self._early:
-            self._keep(leader, x, mass)
-        self._early.clear()
-
-    def _keep(self, leader: str, x: torch.Tensor, mass: torch.Tensor) -> None:
-        valid = self._batch.valid
-        if valid is not None:
-            valid = valid.to(x.device)
-        self._statistics[leader] = observe_input(x, mass.to(x.device), valid, self._rows)
+    def _solver(self, leader: str, statistics: torch.Tensor, device: torch.device) -> Solver:
+        gathered = self._norms.pop(leader)
+        gathered.total = statistics.to(device)
+        norms = gathered.norms()
+        return lambda W, sparsity: (sparsify_weight(W, norms, sparsity, self._structure), None)

@@ -1,0 +1,179 @@
+"""The engine of calibration passes: order of runs, hidden states on disk, limits, what it tells beforehand."""
+
+import gc
+import os
+import tempfile
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from loguru import logger
+
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
+from sinkprune_plugin.modifiers import hidden_states
+from sinkprune_plugin.modifiers.hidden_states import HiddenStates
+from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot
+from sinkprune_plugin.modifiers.passes import CalibrationPass, PassEngine
+from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
+from sinkprune_plugin.modifiers.targets import find_decoder_blocks
+from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
+
+QUICK = {"sparsity": 0.5, "diffusion_steps": 4, "sample_interval": 2}
+BOTH = [SinkAwareWandaModifier, SinkAwareSparseGPTModifier]
+
+
+def passes_of(*windows):
+    return [CalibrationPass({"input_ids": ids, "attention_mask": None}, torch.ones(ids.shape)) for ids in windows]
+
+
+def test_a_sweep_to_the_end_gives_the_logits_of_whole_forward_passes(model, golden_windows):
+    passes = passes_of(golden_windows[:1, :40], golden_windows[1:3, :24])
+    _, blocks = find_decoder_blocks(model)
+    engine = PassEngine(model, blocks, progress=False)
+    logits = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda _module, _args, output: logits.append(output))
+    with torch.no_grad():
+        engine.sweep(passes, lambda block: None, title="", block_runs=0, to_the_end=True)
+        assert not logits
+
+        class Nothing:
+            def __enter__(self):
+                return None
+
+            def __exit__(self, *_):
+                return None
+
+        engine.run_head(lambda _number, _each: Nothing(), title="")
+        hook.remove()
+        for each, found in zip(passes, logits, strict=True):
+            expected = model(**each.inputs).logits
+            # The same kernels on the same shapes.
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert all("forward" not in block.__dict__ for block in blocks)
+
+
+def test_a_block_runs_all_passes_before_the_next_one_begins(model, golden_windows):
+    passes = passes_of(golden_windows[:1, :16], golden_windows[1:2, :16])
+    _, blocks = find_decoder_blocks(model)
+    calls = []
+    for index, block in enumerate(blocks):
+        block.register_forward_hook(lambda _module, _args, _output, index=index: calls.append(index))
+    with torch.no_grad():
+        PassEngine(model, blocks, progress=False).sweep(
+            passes, lambda block: block.run() if block.index == 1 else None, title="", block_runs=0
+        )
+    # Two passes each; block 1 once more for its visitor; the outputs of the last one are nobody's input.
+    assert calls == [0, 0, 1, 1, 1, 1, *[i for i in range(2, len(blocks) - 1) for _ in range(2)]]
+
+
+def test_a_block_that_has_passed_its_outputs_on_does_not_run_again(model, golden_windows):
+    _, blocks = find_decoder_blocks(model)
+
+    def visit(block):
+        block.run(advance=True)
+        block.run()
+
+    with torch.no_grad(), pytest.raises(RuntimeError, match="block 0 has passed its outputs on"):
+        PassEngine(model, blocks, progress=False).sweep(
+            passes_of(golden_windows[:1, :16]), visit, title="", block_runs=0
+        )
+
+
+@pytest.mark.parametrize("cls", BOTH)
+def test_hidden_states_on_disk_change_nothing_and_leave_nothing(cls, tokenizer, golden_windows, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mapped = []
+    original = hidden_states._file_backed
+
+    def file_backed(numel, dtype):
+        whole = original(numel, dtype)
+        # The file has no name any more, but is mapped.
+        mapped.append(any("sinkprune-hidden-states" in each.path for each in psutil.Process().memory_maps()))
+        return whole
+
+    monkeypatch.setattr(hidden_states, "_file_backed", file_backed)
+    pruned = []
+    for place in ("memory", "disk"):
+        model = load_model(EMBEDDED_MODEL, torch.float32)
+        run_oneshot(model, tokenizer, cls(hidden_states=place, **QUICK), golden_windows[:2, :64])
+        pruned.append(model.state_dict())
+    assert all(torch.equal(pruned[0][name], pruned[1][name]) for name in pruned[0])
+    assert mapped == [True]
+    assert not list(tmp_path.iterdir())
+    gc.collect()
+    assert not any("sinkprune-hidden-states" in each.path for each in psutil.Process().memory_maps())
+
+
+def test_more_hidden_states_than_memory_are_refused_beforehand(model, tokenizer, golden_windows, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a pass was run"))
+    with pytest.raises(UsageError, match=r"take 0\.0 GB and main memory has 0\.0 GB free; set `hidden_states: disk`"):
+        run_oneshot(model, tokenizer, SinkAwareSparseGPTModifier(**QUICK), golden_windows[:2, :64])
+
+
+def test_more_hidden_states_than_disk_are_refused_beforehand(model, tokenizer, golden_windows, monkeypatch):
+    monkeypatch.setattr(hidden_states.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a pass was run"))
+    with pytest.raises(UsageError, match="set TMPDIR to a directory on a larger disk"):
+        run_oneshot(
+            model, tokenizer, SinkAwareSparseGPTModifier(hidden_states="disk", **QUICK), golden_windows[:2, :64]
+        )
+
+
+def test_a_disk_that_fills_up_meanwhile_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def full(*_args):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UsageError, match=r"can't be written to \S+: No space left on device; set TMPDIR"):
+        HiddenStates("disk").allocate([(1, 4, 8)], torch.float32, pinned=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("slab", [None, 100])
+def test_passes_share_allocations_without_touching_each_other(slab, monkeypatch):
+    """Slabs of 256 MB; here also of 25 floats, so that a slab ends in the middle and a pass is larger than one."""
+    if slab is not None:
+        monkeypatch.setattr(hidden_states, "SLAB_BYTES", slab)
+    shapes = [(1, 4, 5), (2, 3, 5), (1, 1, 5), (1, 2, 5)]
+    states = HiddenStates("memory")
+    states.allocate(shapes, torch.float32, pinned=False)
+    values = [torch.full(shape, float(index)) for index, shape in enumerate(shapes)]
+    for index, value in enumerate(values):
+        states.write(index, value)
+    for found, value in zip(states.read(torch.device("cpu")), values, strict=True):
+        torch.testing.assert_close(found, value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "line"),
+    [
+        # 2 samples × 2 timesteps through 6 blocks; 256 tokens × 192 × 4 bytes; Hessians 6 × 192² + 512² floats.
+        (
+            SinkAwareSparseGPTModifier,
+            {},
+            "4 passes + 4 passes through 6 blocks, 72 runs of a block; hidden states 0.2 MB, statistics at most 1.9 MB",
+        ),
+        (SinkAwareSparseGPTModifier, {"calibrate_on": "clean"}, "4 passes + 2 passes through 6 blocks, 48 runs"),
+        (SinkAwareWandaModifier, {}, "4 passes through 6 blocks, 24 runs of a block; hidden states 0.2 MB"),
+        (SinkAwareWandaModifier, {"propagate_error": True}, "4 passes + 4 passes through 6 blocks, 72 runs"),
+    ],
+)
+def test_the_run_says_what_it_will_take(cls, fields, line, model, tokenizer, golden_windows):
+    lines = []
+    number = logger.add(lambda message: lines.append(str(message)), level="INFO")
+    blocks = model.model.transformer.blocks
+    runs = []
+    for block in blocks:
+        block.register_forward_hook(lambda *_: runs.append(None))
+    run_oneshot(model, tokenizer, cls(**QUICK, **fields), golden_windows[:2, :64])
+    logger.remove(number)
+    assert sum(line in each for each in lines) == 1
+    # What it says is what it does, less the last block's outputs, which nobody needs where they come extra.
+    said = int(next(each for each in lines if line in each).split(" runs of a block")[0].split(", ")[-1])
+    extra = 2 * len(golden_windows[:2]) if "48" not in line else 2
+    assert len(runs) == (said if said == 24 else said - extra)

@@ -1,0 +1,96 @@
+"""The fields that a recipe may give to a sink-aware modifier, and what is wrong with them."""
+
+from typing import Any, Literal, Self
+
+from llmcompressor.modifiers import Modifier
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+
+from sinkprune_plugin.diffusion import timestep_grid
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.modifiers.mask_structure import MaskStructure, parse_mask_structure, resolve_sparsity
+
+__all__ = ["SinkAwareFields"]
+
+# Fields of llm-compressor's own pruning modifiers that have no meaning here, each with the way out.
+REFUSED_FIELDS = {
+    "sparsity_profile": "OWL derives layer sparsities from clean activations, which the corrupted passes don't have; "
+    "give `sparsity` a list with one value for each decoder block",
+    "owl_m": "OWL is not supported; give `sparsity` a list with one value for each decoder block",
+    "owl_lmbda": "OWL is not supported; give `sparsity` a list with one value for each decoder block",
+    "sequential_update": "it is deprecated; `propagate_error` says whether later blocks see pruned outputs",
+    "preserve_sparsity_mask": "existing zeros are not pinned; prune the dense model at the final sparsity",
+}
+
+
+class SinkAwareFields(Modifier):
+    """The recipe fields of all sink-aware modifiers.
+
+    :param sparsity: share of zeros in (0, 1), one value or one for each decoder block; may be left out for N:M
+    :param mask_structure: ``"0:0"`` for unstructured, ``"N:M"`` for N zeros in every M consecutive input columns
+    :param targets: module class names, names or ``re:`` patterns; class names reach into decoder blocks only
+    :param ignore: the same, for modules to leave alone
+    :param diffusion_steps: S, steps of the denoising grid
+    :param sample_interval: calibrate at every k-th step of the grid
+    :param noise_eps: floor of the mask probability, p = (1 − eps) t + eps
+    :param sink_std: standard deviations above the mean attention mass at which a sink begins
+    :param sink_alpha: steepness of the soft sink mask, per unit of attention mass
+    :param sink_scope: ``all`` suppresses every sink found at a timestep, ``transient`` spares persistent positions
+    :param sink_persistence: mean mask over the timesteps from which a position counts as persistent
+    :param timestep_weighting: weight of a timestep's rows in sums of squares: 1, 1/t or 1/t²
+    :param mask_token_id: mask token, where neither config nor family tells it
+    :param seed: seed of the corruption, and of the choice among the samples of a loader that shuffles
+    :param hidden_states: where the passes' hidden states wait between decoder blocks: ``memory``, or ``disk`` for a
+        file in the directory for temporary files (``TMPDIR``)
+    :param save_format: what ``save_pretrained`` writes from now on: ``auto`` takes sparse-24-bitmask where every target
+        is 2:4, else sparse-bitmask where that is smaller, else dense
+    """
+
+    # Left out of saved recipes: it tells the pipeline something, not the user.
+    requires_calibration_data: bool = Field(default=False, exclude=True)
+
+    sparsity: float | list[float] | None = None
+    mask_structure: str = "0:0"
+    targets: str | list[str] = Field(default_factory=lambda: ["Linear"])
+    ignore: list[str] = Field(default_factory=list)
+    diffusion_steps: int = 50
+    sample_interval: int = 5
+    noise_eps: float = Field(default=1e-3, ge=0.0, lt=1.0)
+    sink_std: float = 2.0
+    sink_alpha: float = Field(default=5.0, gt=0.0)
+    sink_scope: Literal["all", "transient"] = "all"
+    sink_persistence: float = Field(default=0.5, ge=0.0, le=1.0)
+    timestep_weighting: Literal["uniform", "inverse", "inverse_square"] = "uniform"
+    mask_token_id: int | None = None
+    seed: int = 0
+    hidden_states: Literal["memory", "disk"] = "memory"
+    save_format: Literal["auto", "dense", "sparse-bitmask", "sparse-24-bitmask"] = "auto"
+
+    _structure: MaskStructure = PrivateAttr()
+    _grid: tuple[float, ...] = PrivateAttr()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_foreign_fields(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for name, reason in REFUSED_FIELDS.items():
+                if values.get(name) is not None:
+                    raise UsageError(f"{cls.__name__} doesn't support `{name}`: {reason}")
+        return values
+
+    @field_validator("targets", mode="after")
+    @classmethod
+    def _list_targets(cls, value: str | list[str]) -> list[str]:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> Self:
+        self._structure = parse_mask_structure(self.mask_structure)
+        # Plain assignment would run validation again.
+        self.__dict__["sparsity"] = resolve_sparsity(self.sparsity, self._structure)
+        self._grid = timestep_grid(self.diffusion_steps, self.sample_interval)
+        if self.save_format == "sparse-24-bitmask" and not self._structure.implies_2_of_4:
+            raise UsageError(
+                f"save_format sparse-24-bitmask needs mask_structure 2:4, not {self._structure}; use "
+                "`save_format: auto` or sparse-bitmask"
+            )
+        return self

@@ -1,0 +1,263 @@
+"""The engine that runs calibration passes, block by block.
+
+A pass of a diffusion LM is one batch of windows, noised or clean. There are samples × timesteps of them, far more than
+an autoregressive calibration has, so the order matters: all passes go through one decoder block before the next block
+is touched. A block of an offloaded model is then brought in once a sweep, however many passes there are.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import tqdm
+from compressed_tensors.offload import disable_offloading, get_execution_device
+
+from sinkprune_plugin.devices import input_device
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.modifiers.hidden_states import HiddenStates, Place
+
+__all__ = ["CalibrationPass", "OnloadedBlock", "PassEngine"]
+
+
+@dataclass(frozen=True)
+class CalibrationPass:
+    """What the model is called with once, and how its tokens count in the statistics.
+
+    :param inputs: keyword arguments of the model's forward, on CPU; ``input_ids`` (B, T) int64 among them
+    :param row_weights: (B, T) float32 token weights w in [0, 1], 0 on padding; any device
+    :param square_scale: factor on the pass's sums of squares Σ (w x)²: the weight of its timestep
+    :param source: where it comes from, for messages: "calibration batch 3"
+    """
+
+    inputs: Mapping[str, torch.Tensor | None]
+    row_weights: torch.Tensor
+    square_scale: float = 1.0
+    source: str = "a calibration pass"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Windows and tokens of the pass, (B, T)."""
+        batch_size, tokens = self.row_weights.shape
+        return batch_size, tokens
+
+
+# Entered around each pass's call, with the number of the pass.
+Watch = Callable[[int, CalibrationPass], contextlib.AbstractContextManager[Any]]
+
+
+class OnloadedBlock:
+    """A decoder block while its weights are where it runs; what the visitor of a sweep gets.
+
+    :param engine: the engine
+    :param index: index of the block
+    """
+
+    def __init__(self, engine: "PassEngine", index: int) -> None:
+        self.index = index
+        self.advanced = False
+        self._engine = engine
+
+    def run(self, watch: Watch | None = None, *, advance: bool = False) -> None:
+        """Run all passes through the block.
+
+        :param watch: context that is entered around each pass's call of the block
+        :param advance: make the outputs the inputs of the next block; once for a block, after which it can't run again
+        :raises UsageError: if the block changes the shape of the hidden states
+        """
+        if self.advanced:
+            raise RuntimeError(f"decoder block {self.index} has passed its outputs on already")
+        self._engine._run_block(self.index, watch, advance=advance)
+        self.advanced = advance
+
+
+class PassEngine:
+    """Runs passes through the decoder blocks, each block with all passes before the next one.
+
+    :param model: the model; may be offloaded with compressed-tensors' caches
+    :param blocks: its decoder blocks, each mapping hidden states to hidden states (or a tuple that begins with them)
+    :param hidden_states: where they wait between blocks, ``memory`` or ``disk``
+    :param progress: show a bar for each sweep
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        blocks: torch.nn.ModuleList,
+        *,
+        hidden_states: Place = "memory",
+        progress: bool = True,
+    ) -> None:
+        self._model = model
+        self._blocks = blocks
+        self._hidden = HiddenStates(hidden_states)
+        self._progress = progress
+        self._passes: Sequence[CalibrationPass] = ()
+        self._calls: list[_BlockCall] = []
+        # Makes the last block's output of hidden states: some blocks return more than these.
+        self._as_output: Callable[[torch.Tensor], Any] = _identity
+        self._bar = tqdm.tqdm(disable=True)
+
+    def sweep(
+        self,
+        passes: Sequence[CalibrationPass],
+        visit: Callable[[OnloadedBlock], None],
+        *,
+        title: str,
+        block_runs: int,
+        to_the_end: bool = False,
+    ) -> None:
+        """Take all passes through all decoder blocks, from their embedding on.
+
+        :param passes: the passes
+        :param visit: does the work of a block: it may run the passes (several times), and change the block's weights.
+            If it doesn't advance the passes itself, they are run once more after it.
+        :param title: name of the progress bar
+        :param block_runs: how many times a block will be run with a pass, for the progress bar's estimate
+        :param to_the_end: advance beyond the last block as well, for :meth:`run_head`
+        :raises UsageError: if the model doesn't call its first block, a block changes the shape of the hidden states,
+            or these don't fit where they are to wait
+        """
+        self._passes = passes
+        # The mean rate over the whole sweep: blocks are alike, the passes and the solver within a block are not.
+        bar = tqdm.tqdm(desc=title, total=block_runs, unit="pass", smoothing=0, disable=not self._progress)
+        with bar as self._bar:
+            with disable_offloading():
+                self._embed()
+            for index in range(len(self._blocks)):
+                # Weights that are fetched in here stay until the end of it: once in, however many passes there are.
+                with disable_offloading():
+                    block = OnloadedBlock(self, index)
+                    visit(block)
+                    if not block.advanced and (to_the_end or index + 1 < len(self._blocks)):
+                        block.run(advance=True)
+
+    def run_head(self, watch: Watch, *, title: str) -> None:
+        """Run what follows the last block, on the hidden states of a sweep that went to the end.
+
+        The blocks are stepped over, so their weights aren't brought in.
+
+        :param watch: context that is entered around each pass
+        :param title: name of the progress bar
+        """
+        device = input_device(self._model)
+        bar = tqdm.tqdm(desc=title, total=len(self._passes), unit="pass", disable=not self._progress)
+        with bar, disable_offloading():
+            for number, (each, hidden) in enumerate(zip(self._passes, self._hidden.read(device), strict=True)):
+                with _outputs_replaced(self._blocks, self._as_output(hidden)), watch(number, each):
+                    self._model(**_moved(each.inputs, device))
+                bar.update()
+
+    def _embed(self) -> None:
+        """Record what each pass calls the first block with."""
+        self._calls = []
+        device = input_device(self._model)
+        pinned = get_execution_device(self._blocks[0]).type == "cuda"
+        for index, each in enumerate(self._passes):
+            args, kwargs = self._first_call(_moved(each.inputs, device))
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            if index == 0:
+                shapes = [(*each.shape, hidden.shape[-1]) for each in self._passes]
+                self._hidden.allocate(shapes, hidden.dtype, pinned=pinned)
+            self._hidden.write(index, hidden.detach())
+            # Masks and rotary tables are the same for the timesteps of a batch, and often for all passes: keep one.
+            previous = self._calls[-1] if self._calls else _BlockCall((), {})
+            self._calls.append(_BlockCall(_shared(args[1:], previous.args), _shared(kwargs, previous.kwargs)))
+        self._hidden.settle()
+
+    def _first_call(self, inputs: dict[str, torch.Tensor | None]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def hook(_block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append((args, dict(kwargs)))
+            raise _FirstBlockReachedError
+
+        handle = self._blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            self._model(**inputs)
+        except _FirstBlockReachedError:
+            return seen[0]
+        finally:
+            handle.remove()
+        raise UsageError(
+            "a forward pass never called the first decoder block, so calibration can't go block by block; use a "
+            "native class of this package or a decoder-only model of transformers"
+        )
+
+    def _run_block(self, index: int, watch: Watch | None, *, advance: bool) -> None:
+        block = self._blocks[index]
+        states = self._hidden.read(torch.device(get_execution_device(block)))
+        for number, (each, call, hidden) in enumerate(zip(self._passes, self._calls, states, strict=True)):
+            with contextlib.nullcontext() if watch is None else watch(number, each):
+                output = block(hidden, *call.args, **call.kwargs)
+            if advance:
+                self._hidden.write(number, self._hidden_of(index, hidden, output))
+            self._bar.update()
+        self._hidden.settle()
+
+    def _hidden_of(self, index: int, hidden: torch.Tensor, output: Any) -> torch.Tensor:
+        self._as_output = _identity
+        if isinstance(output, tuple):
+            rest = output[1:]
+            output = output[0]
+            self._as_output = lambda last: (last, *rest)
+        if output.shape != hidden.shape:
+            raise UsageError(
+                f"decoder block {index} maps hidden states of shape {tuple(hidden.shape)} to {tuple(output.shape)}; "
+                "block-by-block calibration needs blocks that keep the shape"
+            )
+        return output
+
+
+@dataclass(frozen=True)
+class _BlockCall:
+    """Arguments of a block besides the hidden states: attention mask, rotary tables, …"""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _FirstBlockReachedError(Exception):
+    """Ends a forward pass whose only purpose was the first block's input."""
+
+
+def _shared(value: Any, previous: Any) -> Any:
+    """The same value, made of the earlier one's tensors where these are equal."""
+    if isinstance(value, dict) and isinstance(previous, dict):
+        return {key: _shared(each, previous.get(key)) for key, each in value.items()}
+    if isinstance(value, tuple) and isinstance(previous, tuple) and len(value) == len(previous):
+        return tuple(_shared(a, b) for a, b in zip(value, previous, strict=True))
+    if (
+        isinstance(value, torch.Tensor)
+        and isinstance(previous, torch.Tensor)
+        and value.shape == previous.shape
+        and value.dtype == previous.dtype
+        and torch.equal(value, previous)
+    ):
+        return previous
+    return value
+
+
+@contextlib.contextmanager
+def _outputs_replaced(blocks: torch.nn.ModuleList, output: Any) -> Iterator[None]:
+    """Let every block return the same output without running."""
+    before = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = lambda *_args, **_kwargs: output
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+
+def _identity(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
+
+
+def _moved(inputs: Mapping[str, torch.Tensor | None], device: torch.device) -> dict[str, torch.Tensor | None]:
+    return {name: None if value is None else value.to(device) for name, value in inputs.items()}

@@ -1,0 +1,107 @@
+"""What a calibration will take, known before its first pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.offload import get_execution_device, get_offloaded_device
+
+from sinkprune_plugin.modifiers.targets import PruningTarget
+
+__all__ = ["RunEstimate", "SweepPlan", "brought_in_bytes", "hessian_bytes", "hidden_state_bytes"]
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """One way of all passes through the decoder blocks.
+
+    :param num_passes: passes
+    :param tokens: tokens of all passes, padding included
+    :param runs_per_block: how often a block is run on all passes: twice where the statistics come before its pruning
+        and the next block's inputs after it
+    """
+
+    num_passes: int
+    tokens: int
+    runs_per_block: int = 1
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """What a calibration takes; upper bounds where the model decides while it runs.
+
+    :param sweeps: the sweeps, in order
+    :param num_blocks: decoder blocks
+    :param hidden_bytes: hidden states that wait between two blocks
+    :param statistics_bytes: statistics that are held at once, on the device
+    :param brought_in_bytes: offloaded weights that are brought to the device, over all sweeps
+    """
+
+    sweeps: tuple[SweepPlan, ...]
+    num_blocks: int
+    hidden_bytes: int
+    statistics_bytes: int
+    brought_in_bytes: int
+
+    @property
+    def block_runs(self) -> int:
+        """How many times a block is run on a pass; what the progress bars count."""
+        return sum(sweep.num_passes * sweep.runs_per_block * self.num_blocks for sweep in self.sweeps)
+
+    def __str__(self) -> str:
+        sweeps = " + ".join(f"{sweep.num_passes} passes" for sweep in self.sweeps)
+        text = (
+            f"{sweeps} through {self.num_blocks} blocks, {self.block_runs} runs of a block; hidden states "
+            f"{_size(self.hidden_bytes)}, statistics at most {_size(self.statistics_bytes)} at once"
+        )
+        if self.brought_in_bytes:
+            text += f", {_size(self.brought_in_bytes)} of offloaded weights brought in"
+        return text
+
+
+def hidden_state_bytes(model: torch.nn.Module, tokens: int) -> int:
+    """Bytes of the hidden states of so many tokens between two blocks.
+
+    :param model: the model, with an input embedding as wide as its hidden states
+    :param tokens: tokens of all passes
+    :return: tokens × width × bytes of the dtype
+    """
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return tokens * embedding.embedding_dim * embedding.weight.element_size()
+
+
+def hessian_bytes(targets: Sequence[PruningTarget]) -> int:
+    """Bytes of the float32 Hessians of the block that needs most, if none of its Linears shared an input.
+
+    :param targets: all targets
+    :return: at most so many bytes are held at once
+    """
+    of_block: dict[int | None, int] = {}
+    for target in targets:
+        of_block[target.block] = of_block.get(target.block, 0) + 4 * target.module.in_features**2
+    return max(of_block.values())
+
+
+def brought_in_bytes(model: torch.nn.Module, blocks: torch.nn.ModuleList, num_sweeps: int) -> int:
+    """Bytes of offloaded weights that a run brings to the device: embedding and blocks once for each sweep.
+
+    :param model: the model
+    :param blocks: its decoder blocks
+    :param num_sweeps: sweeps of the run
+    :return: 0 where nothing is offloaded
+    """
+    total = 0
+    for part in (model.get_input_embeddings(), blocks):  # type: ignore[operator]
+        for module in part.modules():
+            for parameter in module._parameters.values() if _is_offloaded(module) else ():
+                total += 0 if parameter is None else parameter.numel() * parameter.element_size()
+    return total * num_sweeps
+
+
+def _is_offloaded(module: torch.nn.Module) -> bool:
+    default = torch.device("cpu")
+    return str(get_execution_device(module, default)) != str(get_offloaded_device(module, default))
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 5e8 else f"{num_bytes / 1e6:.1f} MB"
