@@ -32,6 +32,14 @@ QUICK = {"diffusion_steps": 4, "sample_interval": 2}
         ({"sparsity": 0.5, "timestep_weighting": "cubic"}, "inverse_square"),
         ({"sparsity": 0.5, "no_such_field": 1}, "no_such_field"),
         ({"sparsity": 0.5, "save_format": "sparse-24-bitmask"}, "needs mask_structure 2:4, not 0:0"),
+        ({"sparsity": float("nan")}, r"sparsity nan is outside \(0, 1\)"),
+        ({"sparsity": 0.5, "noise_eps": float("nan")}, "noise_eps\n.*finite"),
+        ({"sparsity": 0.5, "sink_std": -1.0}, "sink_std\n.*greater than or equal to 0"),
+        ({"sparsity": 0.5, "sink_std": float("inf")}, "sink_std\n.*finite"),
+        ({"sparsity": 0.5, "sink_alpha": float("inf")}, "sink_alpha\n.*finite"),
+        ({"sparsity": 0.5, "sink_alpha": 0.0}, "sink_alpha\n.*greater than 0"),
+        ({"sparsity": 0.5, "sink_persistence": 0.0}, "sink_persistence\n.*greater than 0"),
+        ({"sparsity": 0.5, "sink_persistence": 1.5}, "sink_persistence\n.*less than or equal to 1"),
         ({"sparsity": 0.5, "save_format": "os:system"}, "sparse-24-bitmask"),
     ],
 )
@@ -41,6 +49,8 @@ def test_fields(cls, fields, message):
 
 
 def test_combinations_of_sparsegpt():
+    with pytest.raises(ValidationError, match=r"dampening_frac\n.*finite"):
+        SinkAwareSparseGPTModifier(sparsity=0.5, dampening_frac=float("inf"))
     with pytest.raises(ValidationError, match="always propagates error"):
         SinkAwareSparseGPTModifier(sparsity=0.5, propagate_error=False)
     with pytest.raises(ValidationError, match="clean samples have no timestep"):

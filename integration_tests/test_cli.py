@@ -110,6 +110,8 @@ def test_prune_refuses(tmp_path, recipe, pruned):
         ("sparsity: 0.5", "sparsity: 1.7", "sparsity 1.7 is outside (0, 1)"),
         ('"2:4"', '"4:2"', 'mask_structure "4:2"'),
         ("sample_interval: 2", "sample_interval: 9", "sample_interval"),
+        ("sparsity: 0.5", "sink_std: -1", "sink_std: Input should be greater than or equal to 0, not -1"),
+        ("sparsity: 0.5", "sink_alpha: .inf", "sink_alpha: Input should be a finite number, not inf"),
     ]:
         bad.write_text(QUICK_RECIPE.replace(old, new))
         fails(message, "prune", EMBEDDED_MODEL, "--recipe", bad, *quick, output=out)

@@ -229,6 +229,8 @@ def _one_line(error: UsageError | ValidationError) -> str:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         text = first["msg"].removeprefix("Value error, ")
+        if first["type"] != "value_error" and isinstance(first["input"], int | float | str):
+            text += f", not {first['input']!r:.100}"
         return f"{error.title}: {field + ': ' if field else ''}{text}"
     return " ".join(str(error).split())
 

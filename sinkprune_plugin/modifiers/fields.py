@@ -54,11 +54,11 @@ class SinkAwareFields(Modifier):
     ignore: list[str] = Field(default_factory=list)
     diffusion_steps: int = 50
     sample_interval: int = 5
-    noise_eps: float = Field(default=1e-3, ge=0.0, lt=1.0)
-    sink_std: float = 2.0
-    sink_alpha: float = Field(default=5.0, gt=0.0)
+    noise_eps: float = Field(default=1e-3, ge=0.0, lt=1.0, allow_inf_nan=False)
+    sink_std: float = Field(default=2.0, ge=0.0, allow_inf_nan=False)
+    sink_alpha: float = Field(default=5.0, gt=0.0, allow_inf_nan=False)
     sink_scope: Literal["all", "transient"] = "all"
-    sink_persistence: float = Field(default=0.5, ge=0.0, le=1.0)
+    sink_persistence: float = Field(default=0.5, gt=0.0, le=1.0, allow_inf_nan=False)
     timestep_weighting: Literal["uniform", "inverse", "inverse_square"] = "uniform"
     mask_token_id: int | None = None
     seed: int = 0

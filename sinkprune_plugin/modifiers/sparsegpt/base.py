@@ -56,7 +56,7 @@ class SinkAwareSparseGPTModifier(SinkAwareModifierBase):
 
     calibrate_on: Literal["corrupted", "clean"] = "corrupted"
     block_size: int = Field(default=128, gt=0)
-    dampening_frac: float = Field(default=0.01, gt=0.0)
+    dampening_frac: float = Field(default=0.01, gt=0.0, allow_inf_nan=False)
     offload_hessians: bool = False
 
     _hessians: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
