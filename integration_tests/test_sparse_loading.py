@@ -246,16 +246,16 @@ def test_tensor_parallel_model_is_refused():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
-    from sinkprune_plugin.formats.checkpoint_parts import CheckpointParts
     from sinkprune_plugin.formats.load_context import LoadContext
+    from sinkprune_plugin.formats.part_groups import PartGroups
 
     model = torch.nn.Linear(4, 4)
-    context = LoadContext(CheckpointFormat.SPARSE_BITMASK, CheckpointParts(), torch.float32, {})
+    context = LoadContext(CheckpointFormat.SPARSE_BITMASK, PartGroups({}, {}), torch.float32, {})
     context.refuse_sharded(model)
     init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         model.weight = torch.nn.Parameter(distribute_tensor(model.weight, init_device_mesh("cpu", (1,))))
-        context = LoadContext(CheckpointFormat.SPARSE_BITMASK, CheckpointParts(), torch.float32, {})
+        context = LoadContext(CheckpointFormat.SPARSE_BITMASK, PartGroups({}, {}), torch.float32, {})
         with pytest.raises(UsageError, match="tensor parallelism"):
             context.refuse_sharded(model)
     finally:
@@ -364,7 +364,7 @@ def test_missing_part(llama, tmp_path, sparse_format, part):
         pytest.skip("not a part of this format")
     _write(llama, tmp_path, sparse_format)
     _change(tmp_path, lambda stored: stored.pop(f"{OWNER}.{part}"))
-    with pytest.raises(UsageError, match=rf"model.safetensors has no {re.escape(OWNER)}\.{part} beside it"):
+    with pytest.raises(UsageError, match=rf"{re.escape(OWNER)}\.{part}, which sparse-.* needs, is in no file"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

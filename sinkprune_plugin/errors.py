@@ -17,3 +17,18 @@ def reason_of(error: Exception) -> str:
     """
     message = str(error).strip()
     return message.splitlines()[0] if message else type(error).__name__
+
+
+def short(value: object, longest: int = 120) -> str:
+    """Text that a file or a user gave, fit to be printed within a line.
+
+    :param value: the text, or anything with one
+    :param longest: number of characters to keep of it
+    :return: the text with ``?`` for line breaks and control characters, and without its middle if it is longer
+    """
+    text = str(value)
+    if len(text) > longest:
+        # Names differ at their end.
+        tail = longest // 3
+        text = f"{text[: longest - tail - 1]}…{text[-tail:]}"
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -1,6 +1,5 @@
 """`sinkprune info`: what is in a checkpoint, from its headers and one tensor at a time."""
 
-import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -9,11 +8,12 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.errors import UsageError, short
 from sinkprune_plugin.formats import CheckpointReader, load_sparse_checkpoint
 from sinkprune_plugin.formats.format_names import LEGACY_METHOD, QUANT_METHOD
 from sinkprune_plugin.formats.safetensors_header import TORCH_DTYPES
 from sinkprune_plugin.formats.selection import is_embedding
+from sinkprune_plugin.formats.shard_reader import CONFIG_NAME, read_json
 from sinkprune_plugin.formats.stored_weights import SparseWeight
 from sinkprune_plugin.readers import Reader, Storage, find_readers
 from sinkprune_plugin.structure import ZeroCount, common_structure, count_zeros, structure_of
@@ -199,7 +199,7 @@ def inspect_checkpoint(path: Path) -> CheckpointInfo:
         stored = [reader.stored(name) for name in reader]
         info = CheckpointInfo(
             path=str(path),
-            model_type=_short(config.get("model_type", "unknown")),
+            model_type=short(config.get("model_type", "unknown")),
             family=_family_name(config),
             storage=storage,
             files=len(reader.files),
@@ -216,18 +216,14 @@ def inspect_checkpoint(path: Path) -> CheckpointInfo:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    if not file.is_file():
-        raise UsageError(f"{path} has no config.json; name the directory of a checkpoint")
+    file = path / CONFIG_NAME
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        found = file.is_file()
     except OSError as error:
-        raise UsageError(f"{file} can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is not JSON ({type(error).__name__}); fetch or write it again") from error
-    if not isinstance(config, dict):
-        raise UsageError(f"{file} holds a {type(config).__name__}, not a mapping; fetch or write it again")
-    return config
+        raise UsageError(f"{short(path)} can't be read: {error.strerror}") from error
+    if not found:
+        raise UsageError(f"{path} has no {CONFIG_NAME}; name the directory of a checkpoint")
+    return read_json(file)
 
 
 def _storage(reader: CheckpointReader, config: dict[str, Any]) -> Storage:
@@ -240,8 +236,8 @@ def _storage(reader: CheckpointReader, config: dict[str, Any]) -> Storage:
     quantized = bool(keys) if reader.sparsity is not None else bool(block)
     return Storage(
         format=reader.format,
-        quant_method=None if method is None else _short(method),
-        quantization=_short(keys.get("format") or "") if quantized else None,
+        quant_method=None if method is None else short(method),
+        quantization=short(keys.get("format") or "") if quantized else None,
         full_names=any(weight.parts["compressed"].name == f"{weight.name}.compressed" for weight in weights),
         float8=any(weight.spec.dtype.startswith("F8") for weight in weights),
         diffusion=_family_name(config) is not None,
@@ -311,8 +307,3 @@ def _family_name(config: dict[str, Any]) -> str | None:
     model_type = str(config.get("model_type")).casefold()
     known = ((family.name, each.casefold()) for family in families() for each in family.model_types)
     return next((name for name, each in known if each == model_type), None)
-
-
-def _short(value: Any) -> str:
-    """Text of a file, fit to be printed in a line."""
-    return "".join(character if character.isprintable() else "?" for character in str(value)[:80])

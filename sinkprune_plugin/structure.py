@@ -86,6 +86,9 @@ def count_zeros(weight: torch.Tensor) -> ZeroCount:
     :param weight: (R, C) of any dtype, float8 included, on the CPU
     :return: the counts
     """
+    if not weight.numel():
+        # There may be any number of rows without columns; nothing is counted for each.
+        return ZeroCount()
     packed = _nonzero_bits(weight.contiguous())
     columns = weight.shape[1]
     zeros = weight.numel() - int(bits.bit_counts(packed).sum())

@@ -342,7 +342,7 @@ def test_hostile_text_is_printed_as_text(tmp_path):
     text = " ".join(" ".join(line) for line in printed(tmp_path))
     assert "model type [red]x[/nothing]??[2Jyyyy" in text
     assert "\x1b" not in text
-    assert len(inspect_checkpoint(tmp_path).model_type) == 80
+    assert len(inspect_checkpoint(tmp_path).model_type) == 120
 
 
 @pytest.mark.parametrize(
@@ -350,8 +350,8 @@ def test_hostile_text_is_printed_as_text(tmp_path):
     [
         (lambda folder: shutil.rmtree(folder), "has no config.json"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "config.json").write_bytes(b"\xff{"), "is not JSON"),
-        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "is not JSON"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff{"), "isn't readable JSON"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "isn't readable JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), "holds a list, not a mapping"),
         (lambda folder: [file.unlink() for file in folder.glob("*.safetensors")], r"no \*\.safetensors"),
         (lambda folder: (folder / "model-00001-of-00002.safetensors").unlink(), "names model-00001-of-00002"),
@@ -380,7 +380,7 @@ def test_values_that_contradict_the_mask(tmp_path):
             if name.endswith("bitmask"):
                 tensors[name][0, 0] ^= 1
         save_file(tensors, file)
-    with pytest.raises(UsageError, match=r"can't be read: model\.layers\.0\..*\.weight \(model-0000"):
+    with pytest.raises(UsageError, match=r"can't be read: model\.layers\.\d\..*\.weight \(model-0000.* bits set"):
         inspect_checkpoint(folder)
 
 

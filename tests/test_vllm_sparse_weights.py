@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import bitmask, bitmask24
 from sinkprune_plugin.formats.format_names import CheckpointFormat
-from sinkprune_plugin.vllm.sparse_weights import complete_weights, dense_weights, sparse_format_of
+from sinkprune_plugin.vllm.sparse_weights import complete_weights, dense_weights, sparsity_of
 
 DENSE, BITMASK, TWO_OF_FOUR = CheckpointFormat
 COMPRESS = {BITMASK: bitmask.compress, TWO_OF_FOUR: bitmask24.compress}
@@ -165,20 +165,25 @@ class Config:
         self.__dict__.update(blocks)
 
 
+def format_of(config):
+    found = sparsity_of(config)
+    return None if found is None else found.format
+
+
 def test_format_of_a_configuration():
     sparsity = {"format": "sparse-24-bitmask", "targets": ["Linear"]}
     ours = {"quant_method": "compressed-tensors-sparse", "sparsity_config": sparsity}
     legacy = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
-    assert sparse_format_of(Config(quantization_config=ours)) is TWO_OF_FOUR
-    assert sparse_format_of(Config(quantization_config=legacy)) is TWO_OF_FOUR
-    assert sparse_format_of(Config(compression_config={"sparsity_config": sparsity})) is TWO_OF_FOUR
+    assert format_of(Config(quantization_config=ours)) is TWO_OF_FOUR
+    assert format_of(Config(quantization_config=legacy)) is TWO_OF_FOUR
+    assert format_of(Config(compression_config={"sparsity_config": sparsity})) is TWO_OF_FOUR
     # As vLLM leaves it behind.
     empty = {"quant_method": "", "sparsity_config": sparsity}
-    assert sparse_format_of(Config(compression_config=empty)) is TWO_OF_FOUR
-    assert sparse_format_of(Config(text_config=Config(quantization_config=legacy))) is TWO_OF_FOUR
-    assert sparse_format_of(Config(quantization_config={"quant_method": "gptq", "bits": 4})) is None
-    assert sparse_format_of(Config(quantization_config=None)) is None
-    assert sparse_format_of(Config()) is None
+    assert format_of(Config(compression_config=empty)) is TWO_OF_FOUR
+    assert format_of(Config(text_config=Config(quantization_config=legacy))) is TWO_OF_FOUR
+    assert format_of(Config(quantization_config={"quant_method": "gptq", "bits": 4})) is None
+    assert format_of(Config(quantization_config=None)) is None
+    assert format_of(Config()) is None
 
 
 @pytest.mark.parametrize("name", ["{module}:Thing", "sparse_bitmask", None, 7, ["sparse-bitmask"]])
@@ -189,7 +194,7 @@ def test_hostile_format_is_never_imported(name, tmp_path, monkeypatch):
     name = name.format(module=module) if isinstance(name, str) else name
     block = {"quant_method": "compressed-tensors-sparse", "sparsity_config": {"format": name}}
     with pytest.raises(UsageError, match=r"sparsity_config\.format"):
-        sparse_format_of(Config(quantization_config=block))
+        format_of(Config(quantization_config=block))
     config_class = sparse_config_class()
     with pytest.raises(UsageError, match=r"sparsity_config\.format"):
         config_class.from_config(block)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import torch
 
-from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.errors import UsageError, short
 from sinkprune_plugin.formats import bits
 from sinkprune_plugin.formats.format_names import CheckpointFormat
 from sinkprune_plugin.formats.part_checks import DAMAGED, check_bitmask, check_weight, dense_shape, require_parts
@@ -55,23 +55,28 @@ def decompress(parts: Mapping[str, torch.Tensor], *, name: str = "weight") -> to
     require_parts(parts, CheckpointFormat.SPARSE_BITMASK.parts, name)
     sizes = dense_shape(parts["shape"], name)
     packed = check_bitmask(parts["bitmask"], sizes, name)
+    # Rows take no bytes in a mask without columns, but their offsets do: no more rows are counted than are stored.
+    _check_offsets_shape(parts["row_offsets"], sizes, name)
     counts = bits.bit_counts(packed)
     compressed, count = parts["compressed"], int(counts.sum())
     if list(compressed.shape) != [count]:
         raise UsageError(
-            f"{name}: bitmask has {count} bits set, but compressed holds values of shape {list(compressed.shape)}; "
-            f"{DAMAGED}"
+            f"{name}: bitmask has {count} bits set, but compressed holds values of shape "
+            f"{short(list(compressed.shape))}; {DAMAGED}"
         )
     _check_offsets(parts["row_offsets"], counts, sizes, name)
     return bits.place(compressed.contiguous(), packed, counts, sizes[-1]).view(sizes)
 
 
-def _check_offsets(row_offsets: torch.Tensor, counts: torch.Tensor, sizes: list[int], name: str) -> None:
+def _check_offsets_shape(row_offsets: torch.Tensor, sizes: list[int], name: str) -> None:
     if list(row_offsets.shape) != sizes[:-1]:
         raise UsageError(
-            f"{name}: row_offsets has shape {list(row_offsets.shape)}, the weight has {math.prod(sizes[:-1])} rows; "
-            f"{DAMAGED}"
+            f"{name}: row_offsets has shape {short(list(row_offsets.shape))}, the weight has "
+            f"{math.prod(sizes[:-1])} rows; {DAMAGED}"
         )
+
+
+def _check_offsets(row_offsets: torch.Tensor, counts: torch.Tensor, sizes: list[int], name: str) -> None:
     if len(sizes) > 2:
         # The old writer summed along the first axis only; such offsets say nothing.
         return

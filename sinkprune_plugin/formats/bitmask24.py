@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import torch
 
-from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.errors import UsageError, short
 from sinkprune_plugin.formats import bits
 from sinkprune_plugin.formats.format_names import CheckpointFormat
 from sinkprune_plugin.formats.part_checks import DAMAGED, check_bitmask, check_weight, dense_shape, require_parts
@@ -72,6 +72,12 @@ def compress(weight: torch.Tensor, *, name: str = "weight") -> dict[str, torch.T
             f"{name} has {columns} columns, {CheckpointFormat.SPARSE_24_BITMASK} needs a multiple of 4; use "
             f"{CheckpointFormat.SPARSE_BITMASK}"
         )
+    if not columns:
+        return {
+            "compressed": weight.new_empty(rows, 0),
+            "bitmask": weight.new_empty(rows, 0, dtype=torch.uint8),
+            "shape": torch.tensor([[rows], [0]], dtype=torch.int64, device=weight.device),
+        }
     bitmask = bits.nonzero_bits(weight)
     excess = excess_groups(bitmask)
     if excess:
@@ -109,9 +115,12 @@ def decompress(parts: Mapping[str, torch.Tensor], *, name: str = "weight") -> to
     compressed = parts["compressed"]
     if columns % 2 or rows * columns % 4 or list(compressed.shape) != [rows, columns // 2]:
         raise UsageError(
-            f"{name}: shape says {sizes}, but compressed has shape {list(compressed.shape)} instead of half as many "
-            f"columns; {DAMAGED}"
+            f"{name}: shape says {sizes}, but compressed has shape {short(list(compressed.shape))} instead of half "
+            f"as many columns; {DAMAGED}"
         )
+    if not columns:
+        # Such rows take no bytes in a file, so there may be any number of them: nothing of that size is made.
+        return compressed.new_empty(sizes)
     wrong = _groups_without_two(packed, columns)
     if wrong:
         raise UsageError(f"{name}: {wrong} groups of 4 in bitmask don't have exactly 2 bits set; {DAMAGED}")

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
+from sinkprune_plugin.formats.digests import check_digest, check_digest_names
 from sinkprune_plugin.formats.format_names import CheckpointFormat
+from sinkprune_plugin.formats.part_groups import group_parts
 from sinkprune_plugin.formats.safetensors_header import TensorEntry, TensorSpec
 from sinkprune_plugin.formats.shard_reader import CONFIG_NAME, read_bytes, read_entries, read_json, read_tensor
 from sinkprune_plugin.formats.shard_writer import tensor_bytes
 from sinkprune_plugin.formats.sparsity_config import SparsityConfig, read_sparsity_config
-from sinkprune_plugin.formats.stored_weights import SparseWeight, find_sparse_weights
+from sinkprune_plugin.formats.stored_weights import SparseWeight, open_weight
 
 __all__ = ["CheckpointReader"]
 
@@ -19,7 +21,8 @@ __all__ = ["CheckpointReader"]
 class CheckpointReader(Mapping[str, torch.Tensor]):
     """Name → dense tensor, read and decompressed anew on each access.
 
-    Opening reads configuration and headers and checks that they fit together; nothing is kept open.
+    Opening reads configuration and headers and checks that they fit together; nothing is kept open. A file with a
+    digest is compared with it as a whole when the first tensor of it is read.
 
     :param directory: checkpoint directory, dense or in a sparse format
     :raises UsageError: if it can't be read, naming file and tensor
@@ -30,18 +33,17 @@ class CheckpointReader(Mapping[str, torch.Tensor]):
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self._entries = read_entries(self.directory)
+        entries = read_entries(self.directory)
         file = self.directory / CONFIG_NAME
         self.config: dict[str, Any] = read_json(file) if file.is_file() else {}
         self.sparsity: SparsityConfig | None = read_sparsity_config(self.config)
-        self._sparse = {weight.name: weight for weight in find_sparse_weights(self._entries, self.format)}
-        parts = {entry.name for weight in self._sparse.values() for entry in weight.parts.values()}
-        self._stored: dict[str, TensorEntry | SparseWeight] = {}
-        for name, entry in self._entries.items():
-            if name not in parts:
-                self._stored[name] = entry
-        self._stored |= self._sparse
-        self.files = sorted({entry.file for entry in self._entries.values()})
+        groups = group_parts(entries, self.sparsity)
+        self._sparse = {name: open_weight(name, self.format, parts) for name, parts in groups.sparse.items()}
+        self._stored: dict[str, TensorEntry | SparseWeight] = {**groups.plain, **self._sparse}
+        self.files = sorted({entry.file for entry in entries.values()})
+        self._digests = None if self.sparsity is None else self.sparsity.digests
+        check_digest_names(self._digests, self.files)
+        self._unchecked = set(self.files)
 
     @property
     def format(self) -> CheckpointFormat:
@@ -73,7 +75,7 @@ class CheckpointReader(Mapping[str, torch.Tensor]):
 
         :param name: its name
         """
-        stored = self._stored[name]
+        stored = self._checked(name)
         if isinstance(stored, SparseWeight):
             yield tensor_bytes(stored.read())
         else:
@@ -89,8 +91,16 @@ class CheckpointReader(Mapping[str, torch.Tensor]):
         return self.files.index(entry.file)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        stored = self._stored[name]
+        stored = self._checked(name)
         return stored.read() if isinstance(stored, SparseWeight) else read_tensor(stored)
+
+    def _checked(self, name: str) -> TensorEntry | SparseWeight:
+        stored = self._stored[name]
+        entries = stored.parts.values() if isinstance(stored, SparseWeight) else (stored,)
+        for file in self._unchecked.intersection(entry.file for entry in entries):
+            check_digest(self._digests, file, self._sparse.values())
+            self._unchecked.remove(file)
+        return stored
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)

@@ -11,9 +11,11 @@ from tqdm import tqdm
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import bitmask24, bits
+from sinkprune_plugin.formats.digests import file_digest
 from sinkprune_plugin.formats.format_names import CheckpointFormat
-from sinkprune_plugin.formats.other_files import copy_other_files
+from sinkprune_plugin.formats.other_files import copy_other_files, find_other_files
 from sinkprune_plugin.formats.part_checks import VALUE_DTYPES, check_weight
+from sinkprune_plugin.formats.part_groups import ALL_PARTS
 from sinkprune_plugin.formats.safetensors_header import TORCH_DTYPES, TensorSpec
 from sinkprune_plugin.formats.selection import (
     Census,
@@ -25,8 +27,8 @@ from sinkprune_plugin.formats.selection import (
 )
 from sinkprune_plugin.formats.shard_reader import CONFIG_NAME, INDEX_NAME
 from sinkprune_plugin.formats.shard_writer import ShardWriter, shard_names, split_into_shards, tensor_bytes, writing
-from sinkprune_plugin.formats.sparsity_config import with_sparsity, without_sparsity
-from sinkprune_plugin.formats.stored_weights import ALL_PARTS, CODECS
+from sinkprune_plugin.formats.sparsity_config import with_digests, with_sparsity, without_sparsity
+from sinkprune_plugin.formats.stored_weights import CODECS
 from sinkprune_plugin.formats.tensor_source import TensorSource
 from sinkprune_plugin.formats.write_request import WriteRequest
 from sinkprune_plugin.outputs import check_output, new_directory
@@ -67,6 +69,7 @@ def write_checkpoint(
     :return: what has been written
     :raises UsageError: if the request doesn't fit the tensors, or the disk is full
     """
+    others = find_other_files(request.source)
     names = list(tensors)
     sparse_wanted = request.format != CheckpointFormat.DENSE
     specs = {name: tensors.spec(name) for name in names}
@@ -86,11 +89,12 @@ def write_checkpoint(
         shards = dict(zip(names, split_into_shards(sizes, request.max_shard_bytes), strict=True))
     sparsity = _global_sparsity(specs, census) if sparse_wanted else None
     config = _config(request, selection, specs, sparsity or 0.0)
-    check_output(request.directory, overwrite=request.overwrite, needed_bytes=sum(sizes))
+    check_output(request.directory, overwrite=request.overwrite, needed_bytes=sum(sizes) + others.nbytes)
     with writing(request.directory), new_directory(request.directory, overwrite=request.overwrite) as directory:
-        if request.source is not None:
-            copy_other_files(request.source, directory)
-        _write_shards(directory, tensors, stored, shards, selection, request)
+        copy_other_files(others, directory)
+        files = _write_shards(directory, tensors, stored, shards, selection, request)
+        if selection.targets:
+            config = with_digests(config, {file.name: file_digest(file) for file in files})
         if config:
             _write_json(directory / CONFIG_NAME, config)
     return WrittenCheckpoint(
@@ -100,7 +104,7 @@ def write_checkpoint(
         dense_bytes=sum(spec.nbytes for spec in specs.values()),
         stored_bytes=sum(sizes),
         global_sparsity=sparsity,
-        notes=selection.notes,
+        notes=selection.notes + others.notes,
     )
 
 
@@ -111,7 +115,10 @@ def _count(
     wanted = set(candidates)
     with _progress(tensors, specs, "counting zeros", request) as bar:
         for name, spec in specs.items():
-            if name in wanted:
+            if not spec.elements:
+                # There may be any number of rows without columns; nothing is counted for each.
+                census[name] = Census(0, 0 if name in wanted and spec.shape[1] % 4 == 0 else None)
+            elif name in wanted:
                 packed = bits.nonzero_bits(check_weight(tensors[name], name).cpu())
                 excess = bitmask24.excess_groups(packed) if spec.shape[1] % 4 == 0 else None
                 census[name] = Census(int(bits.bit_counts(packed).sum()), excess)
@@ -173,7 +180,7 @@ def _write_shards(
     shards: Mapping[str, int],
     selection: Selection,
     request: WriteRequest,
-) -> None:
+) -> list[Path]:
     # Numbers whose file got nothing are closed up.
     numbers = sorted(set(shards.values())) or [0]
     files = dict(zip(numbers, shard_names(len(numbers)), strict=True))
@@ -195,6 +202,7 @@ def _write_shards(
     if len(files) > 1:
         total = sum(spec.nbytes for specs in stored.values() for spec in specs.values())
         _write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return [directory / file for file in files.values()]
 
 
 def _progress(tensors: TensorSource, names: Iterable[str], what: str, request: WriteRequest) -> "tqdm[Any]":

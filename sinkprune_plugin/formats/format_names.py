@@ -5,7 +5,7 @@ Text from a file is compared with these names and never used to look anything up
 
 from enum import StrEnum
 
-from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.errors import UsageError, short
 
 __all__ = ["AUTO", "LAYOUTS", "LEGACY_METHOD", "QUANT_METHOD", "CheckpointFormat", "parse_format"]
 
@@ -58,5 +58,4 @@ def parse_format(name: object, where: str) -> CheckpointFormat:
         if isinstance(name, str) and name == known.value:
             return known
     known_names = ", ".join(CheckpointFormat)
-    # repr keeps line breaks and control characters of a hostile file out of the terminal.
-    raise UsageError(f"{where} is {str(name)[:80]!r}; the formats are {known_names}: fix {where}")
+    raise UsageError(f"{where} is '{short(name)}'; the formats are {known_names}: fix {where}")

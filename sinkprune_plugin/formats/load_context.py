@@ -1,23 +1,19 @@
 """What the weight conversions of one ``from_pretrained`` call share: format, headers, dtypes, and what went wrong."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers.distributed.utils import is_dtensor
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.formats import bitmask, bitmask24
-from sinkprune_plugin.formats.checkpoint_parts import CheckpointParts, dense_name
 from sinkprune_plugin.formats.format_names import CheckpointFormat
+from sinkprune_plugin.formats.part_groups import PartGroups
+from sinkprune_plugin.formats.stored_weights import CODECS
 
 __all__ = ["LoadContext"]
 
-_DECOMPRESS: dict[CheckpointFormat, Callable[..., torch.Tensor]] = {
-    CheckpointFormat.SPARSE_BITMASK: bitmask.decompress,
-    CheckpointFormat.SPARSE_24_BITMASK: bitmask24.decompress,
-}
 # Quantized values keep their own dtype: casting int8 or fp8 to the model's dtype would drop their scale.
 _CASTABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SAFETENSORS_DTYPES = {
@@ -32,7 +28,7 @@ class LoadContext:
     """What the conversions of one ``from_pretrained`` call share, and what they found wrong.
 
     :param sparse_format: the format its config.json names
-    :param parts: the checkpoint's headers
+    :param groups: what the checkpoint's headers say
     :param dtype: the model's dtype
     :param dtype_plan: regular expression → dtype, for parameters the model keeps in another one
     """
@@ -40,17 +36,17 @@ class LoadContext:
     def __init__(
         self,
         sparse_format: CheckpointFormat,
-        parts: CheckpointParts,
+        groups: PartGroups,
         dtype: torch.dtype | None,
         dtype_plan: Mapping[str, Any],
     ) -> None:
         self.sparse_format = sparse_format
-        self.parts = parts
+        self.groups = groups
         self.dtype = dtype
         self.errors: list[UsageError] = []
         self._whole: bool | None = None
         self._plan = [(re.compile(pattern.replace("*", ".*")), kept) for pattern, kept in dtype_plan.items()]
-        self._files = {dense_name(owner): file for owner, file in parts.owners.items()}
+        self._files = {name: parts["compressed"].file.name for name, parts in groups.sparse.items()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LoadContext":
         # The loader copies a converter for each tensor; errors must come back to one place.
@@ -61,7 +57,7 @@ class LoadContext:
         """Whether a plain tensor is stored in another float dtype than the model's."""
         if self.dtype is None and not self._plan:
             return False
-        floats = set(self.parts.plain.values()) & set(_SAFETENSORS_DTYPES.values())
+        floats = {entry.dtype for entry in self.groups.plain.values()} & set(_SAFETENSORS_DTYPES.values())
         own = {_SAFETENSORS_DTYPES[self.dtype]} if self.dtype in _SAFETENSORS_DTYPES else set()
         return bool(self._plan) or bool(floats - own)
 
@@ -95,4 +91,4 @@ class LoadContext:
         """
         file = self._files.get(name)
         where = f"{name} ({file})" if file else name
-        return self.cast(_DECOMPRESS[self.sparse_format](parts, name=where), name, model)
+        return self.cast(CODECS[self.sparse_format].decompress(parts, name=where), name, model)

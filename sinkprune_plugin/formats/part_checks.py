@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.errors import UsageError, short
 
 __all__ = ["DAMAGED", "VALUE_DTYPES", "check_bitmask", "check_weight", "dense_shape", "require_parts"]
 
@@ -90,7 +90,7 @@ def check_bitmask(bitmask: torch.Tensor, sizes: Sequence[int], name: str) -> tor
     if list(bitmask.shape) != [*sizes[:-1], width]:
         raise UsageError(
             f"{name}: shape says {list(sizes)}, which needs a bitmask of {[*sizes[:-1], width]}, but it is "
-            f"{list(bitmask.shape)}; {DAMAGED}"
+            f"{short(list(bitmask.shape))}; {DAMAGED}"
         )
     packed = bitmask.reshape(rows, width).contiguous()
     if columns % 8 and bool((packed[:, -1] >> columns % 8).any()):

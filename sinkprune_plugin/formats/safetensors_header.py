@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.errors import UsageError, short
 
-__all__ = ["DTYPE_NAMES", "TORCH_DTYPES", "TensorEntry", "TensorSpec", "read_header", "shard_header"]
+__all__ = ["DTYPE_NAMES", "TORCH_DTYPES", "TensorEntry", "TensorSpec", "is_tensor_name", "read_header", "shard_header"]
 
 # Name → bits of an element, in the order in which the library sorts the tensors of a file, last first.
 _BITS = {
@@ -76,6 +76,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # The library's own limit, and far more dimensions than torch can handle.
 _LARGEST_HEADER = 100_000_000
 _MAX_DIMENSIONS = 64
+# torch counts elements in 64 bits, and multiplies the sizes of a tensor that has none as well.
+_MOST_ELEMENTS = 1 << 62
+# Several times as long as any model's. Messages print names whole.
+_LONGEST_NAME = 512
 _METADATA = "__metadata__"
 _AGAIN = "fetch or write the file again"
 
@@ -157,7 +161,7 @@ def _parse(text: bytes, file: Path) -> dict[str, Any]:
         if len(found) != len(pairs):
             seen: set[str] = set()
             twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise UsageError(f"{file} has two entries {twice[:200]!r} in its header; {_AGAIN}")
+            raise UsageError(f"{file} has two entries '{short(twice)}' in its header; {_AGAIN}")
         return found
 
     try:
@@ -171,22 +175,32 @@ def _parse(text: bytes, file: Path) -> dict[str, Any]:
     return header
 
 
+def is_tensor_name(name: str) -> bool:
+    """Whether a tensor can be called so: names are printed, compared and written again, so no line breaks, no halves of
+    a character, and not of any length.
+    """
+    return 0 < len(name) <= _LONGEST_NAME and name.isprintable()
+
+
 def _entry(name: str, value: Any, file: Path, start: int) -> TensorEntry:
-    # A name is printed, compared and written again: no line breaks, no halves of a character.
-    if not name or not name.isprintable():
-        raise UsageError(f"{file}: {name[:200]!r} can't be the name of a tensor; {_AGAIN}")
+    if not is_tensor_name(name):
+        raise UsageError(f"{file}: '{short(name)}' of {len(name)} characters can't be the name of a tensor; {_AGAIN}")
     try:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise UsageError(f"{name} in {file} lacks dtype, shape or data_offsets; {_AGAIN}") from error
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise UsageError(f"{name} in {file} has the unknown dtype {str(dtype)[:40]!r}; {_AGAIN} or update this package")
+        raise UsageError(
+            f"{name} in {file} has the unknown dtype '{short(dtype, 40)}'; {_AGAIN} or update this package"
+        )
     if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(map(_is_size, [*shape, begin, end])):
         raise UsageError(f"{name} in {file} has a shape or data_offsets that aren't sizes; {_AGAIN}")
+    if math.prod(max(size, 1) for size in shape) >= _MOST_ELEMENTS:
+        raise UsageError(f"{name} in {file} has shape {short(shape)}, which no tensor can have; {_AGAIN}")
     entry = TensorEntry(dtype, tuple(shape), name, file, start + begin)
     if entry.nbytes != end - begin or entry.elements * _BITS[dtype] % 8:
         raise UsageError(
-            f"{name} in {file} is {dtype} of shape {shape}, which takes {entry.nbytes} bytes, but has {end - begin}; "
+            f"{name} in {file} is {dtype} of shape {short(shape)}, which takes {entry.nbytes} bytes, but has {end - begin}; "
             f"{_AGAIN}"
         )
     return entry

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.errors import UsageError, short
 from sinkprune_plugin.formats.format_names import AUTO, CheckpointFormat
 from sinkprune_plugin.formats.part_checks import VALUE_DTYPES
 from sinkprune_plugin.formats.safetensors_header import DTYPE_NAMES, TORCH_DTYPES, TensorSpec
@@ -63,7 +63,7 @@ def find_candidates(
         return [name for name in specs if name in linears.union(others) and _can_be_sparse(name, specs[name])]
     for name in named:
         if name not in specs:
-            raise UsageError(f"target {name} is no tensor of this checkpoint; pass full names of weights")
+            raise UsageError(f"target {short(name)} is no tensor of this checkpoint; pass full names of weights")
         if not _can_be_sparse(name, specs[name]):
             spec, dtypes = specs[name], ", ".join(DTYPE_NAMES[dtype] for dtype in VALUE_DTYPES)
             raise UsageError(

@@ -5,19 +5,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sinkprune_plugin._version import __version__
-from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.errors import UsageError, short
 from sinkprune_plugin.formats.format_names import LEGACY_METHOD, QUANT_METHOD, CheckpointFormat, parse_format
 
-__all__ = ["SparsityConfig", "read_sparsity_config", "with_sparsity", "without_sparsity"]
+__all__ = [
+    "SparsityConfig",
+    "read_sparsity_config",
+    "with_digests",
+    "with_sparsity",
+    "without_own_keys",
+    "without_sparsity",
+]
 
 _QUANTIZATION = "quantization_config"
 _OLDEST = "compression_config"
 _SPARSITY = "sparsity_config"
 _OWN_VERSION = "sinkprune_version"
+_DIGESTS = "sinkprune_sha256"
 # The last release of compressed-tensors that wrote these formats; its readers don't look at the value.
 _LEGACY_VERSION = "0.14.0"
 # What may stand beside a sparsity_config without saying that the weights are quantized.
-_BESIDE = {_SPARSITY, "quant_method", "version", "transform_config", _OWN_VERSION}
+_BESIDE = {_SPARSITY, "quant_method", "version", "transform_config", _OWN_VERSION, _DIGESTS}
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,8 @@ class SparsityConfig:
     :param ignore: the same of those that weren't
     :param global_sparsity: share of zeros in the whole model, informational
     :param quantization: the keys of a quantization under the sparsity; empty if there is none
+    :param own: whether this package wrote it, so that all targets are names of modules with parts in the files
+    :param digests: file name → SHA-256 of each weight file in hexadecimal digits, None if not said
     """
 
     format: CheckpointFormat
@@ -38,6 +48,8 @@ class SparsityConfig:
     ignore: tuple[str, ...] | None = None
     global_sparsity: float | None = None
     quantization: Mapping[str, Any] = field(default_factory=dict)
+    own: bool = False
+    digests: Mapping[str, str] | None = None
 
 
 def read_sparsity_config(config: Mapping[str, Any]) -> SparsityConfig | None:
@@ -66,6 +78,8 @@ def read_sparsity_config(config: Mapping[str, Any]) -> SparsityConfig | None:
         ignore=_names(sparsity, "ignore"),
         global_sparsity=float(share) if isinstance(share, int | float) and 0 <= share <= 1 else None,
         quantization={key: value for key, value in block.items() if key not in _BESIDE},
+        own=method == QUANT_METHOD and _OWN_VERSION in block,
+        digests=_read_digests(block),
     )
 
 
@@ -94,7 +108,7 @@ def with_sparsity(
     method = block.get("quant_method", LEGACY_METHOD)
     if method != LEGACY_METHOD:
         raise UsageError(
-            f"config.json has a quantization_config of {str(method)[:80]!r}; {sparse_format} goes together with "
+            f"config.json has a quantization_config of '{short(method)}'; {sparse_format} goes together with "
             f"{LEGACY_METHOD} only: keep the checkpoint dense"
         )
     block = {
@@ -118,6 +132,27 @@ def with_sparsity(
     return {**new, _QUANTIZATION: block}
 
 
+def with_digests(config: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+    """Add the digests of the weight files, where the layout has a place for them.
+
+    :param config: content of config.json, with its sparsity
+    :param digests: file name → SHA-256 in hexadecimal digits
+    :return: the new content; the same in the layout ``legacy`` and for a dense checkpoint
+    """
+    block = config.get(_QUANTIZATION)
+    if not isinstance(block, dict) or block.get("quant_method") != QUANT_METHOD:
+        return dict(config)
+    return {**config, _QUANTIZATION: {**block, _DIGESTS: dict(digests)}}
+
+
+def without_own_keys(block: Mapping[str, Any]) -> dict[str, Any]:
+    """What compressed-tensors knows of a ``quantization_config``.
+
+    :param block: the content of it
+    """
+    return {key: value for key, value in block.items() if key not in (_OWN_VERSION, _DIGESTS)}
+
+
 def without_sparsity(config: Mapping[str, Any]) -> dict[str, Any]:
     """Take the sparsity out of a model's configuration; a quantization under it stays.
 
@@ -130,7 +165,7 @@ def without_sparsity(config: Mapping[str, Any]) -> dict[str, Any]:
         return new
     new.pop(_OLDEST, None)
     new.pop(_QUANTIZATION, None)
-    rest = {key: value for key, value in block.items() if key not in (_SPARSITY, _OWN_VERSION)}
+    rest = {key: value for key, value in block.items() if key not in (_SPARSITY, _OWN_VERSION, _DIGESTS)}
     if any(key not in _BESIDE for key in rest) or rest.get("transform_config"):
         new[_QUANTIZATION] = {**rest, "quant_method": LEGACY_METHOD}
     return new
@@ -153,3 +188,12 @@ def _names(sparsity: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"{_SPARSITY}.{key} in config.json isn't a list of names: correct it")
     return tuple(names)
+
+
+def _read_digests(block: Mapping[str, Any]) -> dict[str, str] | None:
+    digests = block.get(_DIGESTS)
+    if digests is None:
+        return None
+    if not isinstance(digests, dict) or not all(isinstance(value, str) for value in digests.values()):
+        raise UsageError(f"{_DIGESTS} in config.json isn't a mapping from file names to digests: correct it")
+    return digests

@@ -6,8 +6,8 @@ from typing import Protocol
 
 import torch
 
-from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.formats.safetensors_header import TensorEntry, TensorSpec
+from sinkprune_plugin.errors import UsageError, short
+from sinkprune_plugin.formats.safetensors_header import TensorEntry, TensorSpec, is_tensor_name
 from sinkprune_plugin.formats.shard_reader import read_bytes, read_tensor
 from sinkprune_plugin.formats.shard_writer import spec_of, tensor_bytes, write_at, writing
 
@@ -95,5 +95,5 @@ class SpooledTensors:
 
 
 def _check_name(name: str) -> None:
-    if not name or not name.isprintable():
-        raise UsageError(f"{name[:200]!r} can't be the name of a tensor; rename it")
+    if not is_tensor_name(name):
+        raise UsageError(f"'{short(name)}' can't be the name of a tensor; rename it")

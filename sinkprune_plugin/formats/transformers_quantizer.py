@@ -12,6 +12,7 @@ have been imported.
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers.quantizers import auto
@@ -20,9 +21,10 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils import quantization_config as stock
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.formats.checkpoint_parts import scan_parts
+from sinkprune_plugin.formats.file_checks import check_files
 from sinkprune_plugin.formats.format_names import LEGACY_METHOD, QUANT_METHOD, CheckpointFormat, parse_format
 from sinkprune_plugin.formats.load_context import LoadContext
+from sinkprune_plugin.formats.sparsity_config import read_sparsity_config, without_own_keys
 from sinkprune_plugin.formats.weight_conversion import add_sparse_conversions
 
 __all__ = [
@@ -49,6 +51,9 @@ class CompressedTensorsConfig(stock.CompressedTensorsConfig):
 
     def __init__(self, sparsity_config: Any = None, **options: Any) -> None:
         self.sparse_format = _sparse_format(sparsity_config)
+        # A class of transformers would take them for options of a quantization.
+        self.sparsity = read_sparsity_config({"quantization_config": {**options, "sparsity_config": sparsity_config}})
+        options = without_own_keys(options)
         self.stacked = _is_quantized(options)
         if not self.stacked and options.get("transform_config"):
             raise UsageError(
@@ -112,12 +117,18 @@ class _SparseLoading(HfQuantizer):
         if not files:
             raise UsageError("a sparse checkpoint is loaded from its files; a state_dict can't be given instead")
         sparse_format = self.quantization_config.sparse_format
-        parts = scan_parts(files, sparse_format)
+        directory = Path(model.config.name_or_path)
+        groups = check_files(
+            [Path(file) for file in files],
+            self.quantization_config.sparsity,
+            # Not where this is a hub's name: then the files are in the hub's cache.
+            directory if directory.is_dir() else None,
+        )
         if self.quantization_config.stacked:
             # Scales and quantized values keep the dtypes they are stored in, as transformers' own quantizer has it.
-            self._context = LoadContext(sparse_format, parts, None, {})
+            self._context = LoadContext(sparse_format, groups, None, {})
         else:
-            self._context = LoadContext(sparse_format, parts, dtype, model._get_dtype_plan(dtype))
+            self._context = LoadContext(sparse_format, groups, dtype, model._get_dtype_plan(dtype))
         self._model = model
         result = super().preprocess_model(model=model, dtype=dtype, **kwargs)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -13,6 +13,7 @@ from transformers.core_model_loading import ConversionOps, SkipParameters, Weigh
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats.load_context import LoadContext
+from sinkprune_plugin.formats.part_groups import dense_name
 
 __all__ = ["add_sparse_conversions"]
 
@@ -179,10 +180,8 @@ def add_sparse_conversions(
     wanted = context.sparse_format.parts
     added: list[WeightConverter] = []
     if wanted:
-        # Full names first: their prefix ends in .weight already and must not get another.
-        full, short = r"^(.+\.(?:weight|bias))\.", r"^(.+)\."
-        added.append(_PartsConverter([f"{full}{part}$" for part in wanted], r"\1", context, model))
-        added.append(_PartsConverter([f"{short}{part}$" for part in wanted], r"\1.weight", context, model))
+        target = dense_name(r"\1", full_names=context.groups.full_names)
+        added.append(_PartsConverter([rf"^(.+)\.{part}$" for part in wanted], target, context, model))
     if context.casts:
         added.append(WeightConverter([r"^(.+)$"], [r"\1"], [CastPlain(context, rename=True)]))
     return loading + added, originals, {id(converter) for converter in added}
@@ -192,10 +191,12 @@ def _rewrite(conversion: WeightConverter, context: LoadContext) -> WeightConvert
     """Let a model's own converter accept sparse sources, and cast what it makes."""
     sources: list[str] = []
     stems: dict[str, list[str]] = {}
+    groups = context.groups
+    owners = [] if groups.full_names else [name.removesuffix(".weight") for name in groups.sparse]
     for pattern in conversion.source_patterns:
         stem = pattern.removesuffix("$").removesuffix(".weight")
         owned = re.compile(stem.replace("*.", r".*\.") + "$")
-        if stem == pattern or not any(owned.search(owner) for owner in context.parts.owners):
+        if stem == pattern or not any(map(owned.search, owners)):
             sources.append(pattern)
             continue
         dense = f"{stem}.weight$"

@@ -7,7 +7,6 @@ from typing import Any
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats.format_names import AUTO, LAYOUTS, parse_format
-from sinkprune_plugin.formats.other_files import other_files
 from sinkprune_plugin.formats.sparsity_config import without_sparsity
 from sinkprune_plugin.outputs import check_output
 
@@ -64,8 +63,3 @@ class WriteRequest:
     def quantized(self) -> bool:
         """Whether the tensors are quantized, as config says."""
         return "quantization_config" in without_sparsity(self.config)
-
-    @property
-    def other_files(self) -> list[Path]:
-        """Files of the source to take over, relative to it."""
-        return [] if self.source is None else list(other_files(self.source))

@@ -6,18 +6,20 @@ is both sparse and dense.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.formats.checkpoint_parts import dense_name
+from sinkprune_plugin.formats.file_checks import check_files
 from sinkprune_plugin.formats.format_names import CheckpointFormat
 from sinkprune_plugin.formats.part_checks import DAMAGED
+from sinkprune_plugin.formats.part_groups import dense_name, has_full_names, split_part
 from sinkprune_plugin.formats.sparsity_config import SparsityConfig, read_sparsity_config
-from sinkprune_plugin.formats.stored_weights import ALL_PARTS, CODECS
+from sinkprune_plugin.formats.stored_weights import CODECS
 
-__all__ = ["complete_weights", "dense_weights", "install_sparse_loading", "read_block", "sparse_format_of"]
+__all__ = ["complete_weights", "dense_weights", "install_sparse_loading", "read_block", "sparsity_of"]
 
 Stream = Iterable[tuple[str, torch.Tensor]]
 
@@ -33,8 +35,8 @@ def dense_weights(stream: Stream, sparse_format: CheckpointFormat) -> Iterator[t
     waiting: dict[str, dict[str, torch.Tensor]] = {}
     seen: set[str] = set()
     for name, tensor in stream:
-        owner, _, part = name.rpartition(".")
-        if not owner or part not in ALL_PARTS:
+        owner, part = split_part(name)
+        if not owner:
             _take(name, seen)
             yield name, tensor
             continue
@@ -52,7 +54,7 @@ def dense_weights(stream: Stream, sparse_format: CheckpointFormat) -> Iterator[t
         if len(parts) < len(sparse_format.parts):
             continue
         del waiting[owner]
-        dense = dense_name(owner)
+        dense = _dense_name(owner)
         _take(dense, seen)
         yield dense, CODECS[sparse_format].decompress(parts, name=dense)
         # Not kept until the next weight is complete.
@@ -60,8 +62,13 @@ def dense_weights(stream: Stream, sparse_format: CheckpointFormat) -> Iterator[t
     for owner, parts in waiting.items():
         missing = next(part for part in sparse_format.parts if part not in parts)
         raise UsageError(
-            f"{dense_name(owner)}: {owner}.{missing}, which {sparse_format} needs, is in no file; {DAMAGED}"
+            f"{_dense_name(owner)}: {owner}.{missing}, which {sparse_format} needs, is in no file; {DAMAGED}"
         )
+
+
+def _dense_name(owner: str) -> str:
+    # A stream says too late whether one prefix is a full name; then the prefixes of biases are as well.
+    return dense_name(owner, full_names=has_full_names(owner) or owner.endswith(".bias"))
 
 
 def _take(name: str, seen: set[str]) -> None:
@@ -107,11 +114,11 @@ def read_block(block: Mapping[str, Any]) -> SparsityConfig | None:
     return read_sparsity_config({"quantization_config": said})
 
 
-def sparse_format_of(hf_config: Any) -> CheckpointFormat | None:
-    """The format of a checkpoint.
+def sparsity_of(hf_config: Any) -> SparsityConfig | None:
+    """What a checkpoint says about its sparsity.
 
     :param hf_config: the model's configuration as transformers gives it
-    :return: the format, None where nothing says that weights might be sparse
+    :return: that, None where nothing says that weights might be sparse
     :raises UsageError: if the configuration says something that can't be
     """
     configs = (hf_config, getattr(hf_config, "text_config", None))
@@ -119,8 +126,7 @@ def sparse_format_of(hf_config: Any) -> CheckpointFormat | None:
         for config in configs:
             block = getattr(config, key, None)
             if block:
-                found = read_block(block)
-                return None if found is None else found.format
+                return read_block(block)
     return None
 
 
@@ -133,17 +139,35 @@ def install_sparse_loading() -> None:
     for loader in loaders:
         if not hasattr(loader.get_all_weights, "reads_sparse"):
             loader.get_all_weights = _reading_sparse(loader.get_all_weights)
+            loader._prepare_weights = _checking_files(loader._prepare_weights)
 
 
 def _reading_sparse(get_all_weights: Callable[..., Stream]) -> Callable[..., Stream]:
     def reading(self: Any, model_config: Any, model: Any) -> Stream:
         stream = get_all_weights(self, model_config, model)
-        sparse_format = sparse_format_of(model_config.hf_config)
-        if sparse_format is not None:
-            stream = dense_weights(stream, sparse_format)
+        sparsity = sparsity_of(model_config.hf_config)
+        if sparsity is not None:
+            # The stream looks for its files once it is read from, those of the model first.
+            self.sparsity_to_check = sparsity
+            stream = dense_weights(stream, sparsity.format)
         # Only our models say what they need.
         names = getattr(model, "checkpoint_names", None)
         return stream if names is None else complete_weights(stream, names())
 
     reading.reads_sparse = True  # type: ignore[attr-defined]
     return reading
+
+
+def _checking_files(prepare_weights: Callable[..., Any]) -> Callable[..., Any]:
+    """Check the files as our own reader does, as soon as the loader has found or fetched them."""
+
+    def checking(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = prepare_weights(self, *args, **kwargs)
+        sparsity = self.__dict__.pop("sparsity_to_check", None)
+        files = found if isinstance(found, list) else found[1]
+        # Object storage is streamed and has no headers to look at beforehand; the stream itself is checked all the same.
+        if sparsity is not None and not any("://" in file for file in files):
+            check_files([Path(file) for file in files], sparsity)
+        return found
+
+    return checking
