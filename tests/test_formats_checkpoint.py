@@ -1,7 +1,6 @@
 """Whole checkpoints: saved, opened, converted, with everything else in them untouched."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path

@@ -200,8 +200,8 @@ def _entry(name: str, value: Any, file: Path, start: int) -> TensorEntry:
     entry = TensorEntry(dtype, tuple(shape), name, file, start + begin)
     if entry.nbytes != end - begin or entry.elements * _BITS[dtype] % 8:
         raise UsageError(
-            f"{name} in {file} is {dtype} of shape {short(shape)}, which takes {entry.nbytes} bytes, but has {end - begin}; "
-            f"{_AGAIN}"
+            f"{name} in {file} is {dtype} of shape {short(shape)}, which takes {entry.nbytes} bytes, but has "
+            f"{end - begin}; {_AGAIN}"
         )
     return entry
 

@@ -165,7 +165,7 @@ def _checking_files(prepare_weights: Callable[..., Any]) -> Callable[..., Any]:
         found = prepare_weights(self, *args, **kwargs)
         sparsity = self.__dict__.pop("sparsity_to_check", None)
         files = found if isinstance(found, list) else found[1]
-        # Object storage is streamed and has no headers to look at beforehand; the stream itself is checked all the same.
+        # Object storage is streamed, without headers to look at beforehand; the stream is checked all the same.
         if sparsity is not None and not any("://" in file for file in files):
             check_files([Path(file) for file in files], sparsity)
         return found
