@@ -1,4 +1,4 @@
-"""What is copied along when a checkpoint is converted: regular files of the checkpoint, and nothing else of the machine."""
+"""What is copied along when a checkpoint is converted: its regular files, and nothing else of the machine."""
 
 import os
 import socket

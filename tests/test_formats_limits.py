@@ -1,4 +1,4 @@
-"""What a few bytes claim: rows without columns, numbers and names of any length. Refused or harmless, in one short line."""
+"""What a few bytes claim: rows without columns, numbers and names of any length. Harmless, or refused in a line."""
 
 import json
 import struct
@@ -152,7 +152,7 @@ def test_long_file_names_in_the_index(tmp_path, length):
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "x/" * 5000])
 def test_a_path_that_no_file_system_takes(tmp_path, name):
     for use in each_use(tmp_path / name):
-        with pytest.raises(UsageError, match="can't be read|isn't a directory|no config.json"):
+        with pytest.raises(UsageError, match=r"can't be read|isn't a directory|no config\.json"):
             use()
 
 
