@@ -225,7 +225,15 @@ DAMAGES = [
 # What transformers and vLLM find out themselves before they ask anybody else, in an error of their own.
 NOT_OURS = {
     read_by_transformers: [truncated, empty, a_file_lost, index_of_another_checkpoint],
-    read_by_vllm: [index_all_elsewhere, index_below],
+    read_by_vllm: [
+        empty,
+        a_file_lost,
+        index_elsewhere,
+        index_all_elsewhere,
+        index_absolute,
+        index_below,
+        index_of_another_checkpoint,
+    ],
 }
 
 

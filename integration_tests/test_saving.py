@@ -178,6 +178,10 @@ def test_a_model_loaded_from_a_sparse_checkpoint_is_pruned_and_saved_again(model
     reader = load_sparse_checkpoint(tmp_path / "second")
     assert reader.format == "sparse-24-bitmask"
     same_state(again, AutoModelForCausalLM.from_pretrained(tmp_path / "second", dtype=torch.float32))
+    # llm-compressor saves with the config.json of the source, of which the sparsity is no longer true.
+    again.save_pretrained(str(tmp_path / "dense"), save_compressed=False)
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    same_state(again, AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32))
 
 
 def test_saving_again_replaces_the_weights_of_another_format(model, tokenizer, windows, tmp_path):

@@ -85,6 +85,10 @@ def _admit_sparse_models(module: ModuleType) -> None:
     importlib.import_module("sinkprune_plugin.formats.oneshot_admission").admit_sparse_models(module)
 
 
+def _correct_saved_config(module: ModuleType) -> None:
+    importlib.import_module("sinkprune_plugin.formats.oneshot_admission").correct_saved_config(module)
+
+
 def _register_lm_eval(_module: ModuleType) -> None:
     registry = importlib.import_module("lm_eval.api.registry").model_registry
     if "sinkprune" not in registry:
@@ -98,6 +102,7 @@ _ON_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "transformers.quantizers.auto": _register_quantizers,
     "transformers.modeling_utils": _register_quantizers,
     "llmcompressor.entrypoints.oneshot": _admit_sparse_models,
+    "llmcompressor.transformers.compression.compressed_tensors_utils": _correct_saved_config,
     "lm_eval.models": _register_lm_eval,
 }
 
