@@ -1,20 +1,16 @@
 """The command line as a user runs it: exit codes, one-line errors, nothing written on failure."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from command_line import run_here, run_process
 from golden_data import RECIPES
 from safetensors.torch import load_file, save_file
 
 from sinkprune_plugin import __version__
 from sinkprune_plugin.formats import load_sparse_checkpoint
 from sinkprune_plugin.loading import EMBEDDED_MODEL
-
-SINKPRUNE = Path(sys.executable).with_name("sinkprune")
 
 QUICK_RECIPE = """
 prune_stage:
@@ -27,11 +23,7 @@ prune_stage:
 """
 
 
-def run(*arguments, cwd=None):
-    return subprocess.run([str(SINKPRUNE), *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=cwd)
-
-
-def fails(message, *arguments, output=None):
+def fails(message, *arguments, output=None, run=run_here):
     done = run(*arguments)
     assert done.returncode == 2, done.stdout + done.stderr
     last = done.stderr.strip().splitlines()[-1]
@@ -56,7 +48,7 @@ def pruned(tmp_path_factory):
     recipe = folder / "recipe.yaml"
     recipe.write_text(QUICK_RECIPE)
     output = folder / "pruned"
-    done = run(
+    done = run_process(
         "prune", EMBEDDED_MODEL, "--recipe", recipe, "--num-samples", 2, "--seq-len", 64, "--output", output, cwd=folder
     )
     assert done.returncode == 0, done.stderr
@@ -77,10 +69,10 @@ def test_prune_writes_a_whole_checkpoint_with_its_provenance(pruned):
 
 
 def test_info(pruned):
-    table = run("info", pruned)
+    table = run_here("info", pruned)
     assert table.returncode == 0, table.stderr
     assert "up_proj" in table.stdout
-    found = json.loads(run("info", pruned, "--json").stdout)
+    found = json.loads(run_here("info", pruned, "--json").stdout)
     assert found["family"] == "llada"
     assert found["by_type"]["up_proj"]["sparsity"] == 0.5
     # The head's name ends like a block's Linear, so it counts with those; by layer it stands apart.
@@ -89,7 +81,7 @@ def test_info(pruned):
 
 
 def test_sinks(tmp_path):
-    done = run("sinks", EMBEDDED_MODEL, "--num-samples", 2, "--seq-len", 64, "--output", tmp_path / "sinks")
+    done = run_process("sinks", EMBEDDED_MODEL, "--num-samples", 2, "--seq-len", 64, "--output", tmp_path / "sinks")
     assert done.returncode == 0, done.stderr
     assert "sinks" in done.stdout
     report = json.loads((tmp_path / "sinks" / "sinks.json").read_text())
@@ -154,14 +146,14 @@ def test_a_device_that_is_not_there_is_refused_before_any_work(command, tmp_path
 
 
 def test_wrong_options_are_one_line(tmp_path):
-    fails("No such command", "prnue")
+    fails("No such command", "prnue", run=run_process)
     fails("recipe", "prune", EMBEDDED_MODEL, "--output", tmp_path / "out", output=tmp_path / "out")
     fails("batch-size", "sinks", EMBEDDED_MODEL, "--batch-size", 0, "--output", tmp_path / "out")
-    assert run("--version").stdout.strip() == __version__
+    assert run_here("--version").stdout.strip() == __version__
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    done = run("--debug", "info", tmp_path)
+    done = run_process("--debug", "info", tmp_path)
     assert done.returncode != 0
     assert "Traceback" in done.stderr
 

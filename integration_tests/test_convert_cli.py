@@ -1,18 +1,16 @@
 """`sinkprune convert` and `sinkprune info` as a user runs them, on the embedded model pruned by magnitude."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import run_here, run_process
 from safetensors.torch import load_file, save_file
 
 from sinkprune_plugin.formats import load_sparse_checkpoint
 from sinkprune_plugin.loading import EMBEDDED_MODEL
 
-SINKPRUNE = Path(sys.executable).with_name("sinkprune")
 # Six blocks: four 192 × 192 weights, two 512 × 192 and one 192 × 512.
 PRUNED = 6 * (4 * 192 * 192 + 3 * 192 * 512)
 DENSE = 2 * (PRUNED + 2 * 2048 * 192 + 13 * 192)
@@ -22,17 +20,13 @@ SIZES = {"dense": DENSE, "sparse-24-bitmask": DENSE - 2 * PRUNED + PRUNED + PRUN
 SIZES["sparse-bitmask"] = SIZES["sparse-24-bitmask"] + 8 * ROWS
 
 
-def run(*arguments):
-    return subprocess.run([str(SINKPRUNE), *map(str, arguments)], capture_output=True, text=True, timeout=120)
-
-
-def checked(*arguments):
+def checked(*arguments, run=run_here):
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def fails(message, *arguments):
+def fails(message, *arguments, run=run_here):
     done = run(*arguments)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stdout == ""
@@ -101,7 +95,7 @@ def test_there_and_back(two_of_four, tmp_path, to, layout):
 def test_auto(two_of_four, half, tmp_path):
     said = checked("convert", two_of_four, "--to", "auto", "--output", tmp_path / "a")
     assert said.startswith("sparse-24-bitmask: ")
-    said = checked("convert", half, "--to", "auto", "--output", tmp_path / "b")
+    said = checked("convert", half, "--to", "auto", "--output", tmp_path / "b", run=run_process)
     assert said.startswith(f"sparse-bitmask: {SIZES['sparse-bitmask'] / 1e6:.2f} MB, ")
     said = checked("convert", EMBEDDED_MODEL, "--to", "auto", "--output", tmp_path / "c")
     assert said.splitlines()[0] == "no weight has enough zeros; the checkpoint is dense"
@@ -189,7 +183,7 @@ def test_a_checkpoint_without_tensors(tmp_path):
 
 
 def test_info_refuses_in_one_line(two_of_four, tmp_path):
-    fails("has no config.json", "info", tmp_path / "nowhere")
+    fails("has no config.json", "info", tmp_path / "nowhere", run=run_process)
     (tmp_path / "config.json").write_text("{}")
     fails("no *.safetensors", "info", tmp_path, "--json")
     (tmp_path / "model.safetensors").write_bytes((two_of_four / "model.safetensors").read_bytes()[:-1])

@@ -2,9 +2,9 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from command_line import SINKPRUNE
 from llmcompressor.logger import configure_logger
 from loguru import logger
 
@@ -12,7 +12,6 @@ from sinkprune_plugin.loading import EMBEDDED_MODEL
 from sinkprune_plugin.modifiers.oneshot_flow import log_to
 from sinkprune_plugin.steps import quiet_steps
 
-SINKPRUNE = Path(sys.executable).with_name("sinkprune")
 RECIPE = """
 prune_stage:
   prune_modifiers:

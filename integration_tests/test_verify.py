@@ -4,11 +4,10 @@ import json
 import re
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from command_line import run_here, run_process
 from magnitude import prune_2_of_4
 from safetensors.torch import load_file, save_file
 
@@ -17,18 +16,13 @@ from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 
 # In one process of a parallel run, which then makes one report for all of them.
 pytestmark = pytest.mark.xdist_group("verify")
-SINKPRUNE = Path(sys.executable).with_name("sinkprune")
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
 )
 
 
-def run(*arguments):
-    return subprocess.run([str(SINKPRUNE), *map(str, arguments)], capture_output=True, text=True, timeout=300)
-
-
 def refused(message, *arguments, output):
-    done = run("verify", *arguments, "--output", output)
+    done = run_here("verify", *arguments, "--output", output)
     assert done.returncode == 2, done.stdout + done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("sinkprune: ")
@@ -52,7 +46,7 @@ def pruned(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(pruned):
     output = pruned.parent / "report"
-    done = run("verify", EMBEDDED_MODEL, pruned, "--output", output, "--quick", "--max-size-ratio", 0.9)
+    done = run_process("verify", EMBEDDED_MODEL, pruned, "--output", output, "--quick", "--max-size-ratio", 0.9)
     assert done.returncode == 0, done.stderr
     assert "ELBO perplexity" in done.stdout
     assert "--max-size-ratio 0.9" in done.stdout
@@ -88,8 +82,8 @@ def test_report(report, pruned):
 
 
 def test_a_model_against_itself_is_the_same(tmp_path):
-    done = run("verify", EMBEDDED_MODEL, EMBEDDED_MODEL, "--output", tmp_path / "same", "--quick",
-               "--min-agreement", 1, "--max-ppl-increase", 0)  # fmt: skip
+    done = run_here("verify", EMBEDDED_MODEL, EMBEDDED_MODEL, "--output", tmp_path / "same", "--quick", "--seq-len", 64,
+                    "--min-agreement", 1, "--max-ppl-increase", 0)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "same" / "report.json").read_text())
     assert content["quality"]["ratio"] == 1
@@ -105,8 +99,8 @@ def test_a_missed_bar_is_exit_1_with_a_whole_report_and_an_autoregressive_model_
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) + 8, **sizes)).save_pretrained(tmp_path / "ar")
     tokenizer.save_pretrained(tmp_path / "ar")
-    done = run("verify", EMBEDDED_MODEL, pruned, "--output", tmp_path / "out", "--quick", "--max-ppl-increase", 0,
-               "--ar-model", tmp_path / "ar")  # fmt: skip
+    done = run_here("verify", EMBEDDED_MODEL, pruned, "--output", tmp_path / "out", "--quick", "--seq-len", 64,
+                    "--max-ppl-increase", 0, "--ar-model", tmp_path / "ar")  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     assert "MISSED" in done.stdout
     content = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -131,7 +125,7 @@ def test_refuses(pruned, report, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     refused("empty.txt", EMBEDDED_MODEL, pruned, "--dataset", empty, output=out)
-    done = run("verify", EMBEDDED_MODEL, pruned, "--output", report)
+    done = run_here("verify", EMBEDDED_MODEL, pruned, "--output", report)
     assert done.returncode == 2
     assert "choose another directory or pass --overwrite" in done.stderr
 
