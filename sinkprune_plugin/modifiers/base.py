@@ -107,7 +107,8 @@ class SinkAwareModifierBase(SinkAwareFields):
         engine = PassEngine(
             state.model, self._blocks, hidden_states=self.hidden_states, progress=distributed.rank() == 0
         )
-        estimate = self._estimate(state.model)
+        tokens = sum(batch.input_ids.numel() for batch in self._batches)
+        estimate = self.estimate(state.model, len(self._batches), tokens)
         logger.info(f"{type(self).__name__}: {estimate}")
         check_room(estimate.hidden_bytes, self.hidden_states)
         try:
@@ -118,6 +119,30 @@ class SinkAwareModifierBase(SinkAwareFields):
         self._done = True
         self._log_summary(time.monotonic() - started)
         self._batches = []
+
+    def estimate(self, model: torch.nn.Module, num_batches: int, tokens: int) -> RunEstimate:
+        """What a calibration will take; nothing is run, so the model may be on the meta device.
+
+        :param model: model to prune
+        :param num_batches: batches of samples
+        :param tokens: tokens of all samples, padding included
+        :return: the estimate
+        :raises UsageError: if the targets don't fit the model
+        """
+        if not self._targets:
+            self._targets, self._blocks = resolve_targets(model, list(self.targets), self.ignore)
+        clean = SweepPlan(num_batches, tokens)
+        noisy = SweepPlan(num_batches * len(self._grid), tokens * len(self._grid))
+        sweeps = self._sweeps(clean, noisy)
+        # Weights are asked for their sizes only, which must not bring them in.
+        with disable_onloading():
+            return RunEstimate(
+                sweeps,
+                len(self._blocks),
+                hidden_bytes=hidden_state_bytes(model, noisy.tokens),
+                statistics_bytes=self._statistics_bytes(noisy),
+                brought_in_bytes=brought_in_bytes(model, self._blocks, len(sweeps)),
+            )
 
     def on_finalize(self, state: State, **_kwargs: Any) -> bool:
         """Drop hooks and references, and settle what saving the model will write.
@@ -324,21 +349,6 @@ class SinkAwareModifierBase(SinkAwareFields):
         return self.sparsity
 
     # ---- pieces
-
-    def _estimate(self, model: torch.nn.Module) -> RunEstimate:
-        tokens = sum(batch.input_ids.numel() for batch in self._batches)
-        clean = SweepPlan(len(self._batches), tokens)
-        noisy = SweepPlan(clean.num_passes * len(self._grid), tokens * len(self._grid))
-        sweeps = self._sweeps(clean, noisy)
-        # Weights are asked for their sizes only, which must not bring them in.
-        with disable_onloading():
-            return RunEstimate(
-                sweeps,
-                len(self._blocks),
-                hidden_bytes=hidden_state_bytes(model, noisy.tokens),
-                statistics_bytes=self._statistics_bytes(noisy),
-                brought_in_bytes=brought_in_bytes(model, self._blocks, len(sweeps)),
-            )
 
     def _title(self, what: str) -> str:
         return f"{type(self).__name__}: {what}"
