@@ -47,6 +47,7 @@ quality: setup-core  ## ruff and mypy, as in .pre-commit-config.yaml
 bench: setup-core  ## the benchmarks; each prints a table and ends in one JSON line
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/checkpoint.py
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/offload.py
 
 bench-serving: setup  ## the vLLM adapter against a plain loop: ten minutes on a CPU
 	$(BIN)/python benchmarks/serving.py

@@ -108,6 +108,7 @@ def workshop(tmp_path_factory, tasks, tokenizer):
     for name in ("MODEL", "DENSE", "AR-MODEL"):
         (folder / name).symlink_to(EMBEDDED_MODEL)
     (folder / "recipes").symlink_to(RECIPES)
+    (folder / "benchmarks").symlink_to(REPOSITORY / "benchmarks")
     (folder / "text.jsonl").symlink_to(embedded_text("calibration"))
     (folder / "tasks").symlink_to(tasks[0])
     question = {"question_id": "q1", "Question": "Who reports?", "answer": "B", **dict.fromkeys("ABCD", "He")}
@@ -171,9 +172,13 @@ def run_in_process(program, arguments, monkeypatch):
             monkeypatch.setattr(tasks, "TaskManager", own)
             cli_evaluate()
         else:
-            assert (program, arguments[0]) == ("python", "-m")
-            monkeypatch.setattr(sys, "argv", arguments[1:])
-            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+            assert program == "python"
+            if arguments[0] == "-m":
+                monkeypatch.setattr(sys, "argv", arguments[1:])
+                runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+            else:
+                monkeypatch.setattr(sys, "argv", arguments)
+                runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as ended:
         return ended.code or 0
     return 0
