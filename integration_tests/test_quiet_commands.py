@@ -45,7 +45,13 @@ def prune(folder, *more):
 def test_prune(tmp_path):
     stdout, stderr = prune(tmp_path)
     assert stdout == ["pruned model written to out"]
-    beginnings = ["loading ", "pruning with recipe.yaml (2 × 64 tokens, ", "SinkAwareWanda", "writing out"]
+    beginnings = [
+        "loading ",
+        "pruning with recipe.yaml (2 × 64 tokens, ",
+        "SinkAwareWandaModifier: 4 passes",
+        "SinkAwareWandaModifier: 42 modules",
+        "writing out",
+    ]
     assert len(stderr) == len(beginnings), stderr
     assert all(map(str.startswith, stderr, beginnings)), stderr
     stdout, verbose = prune(tmp_path, "--overwrite", "--verbose")
