@@ -186,6 +186,16 @@ def test_batches_of_a_stream_lose_their_short_rows(model, tokenizer, golden_wind
         assert torch.equal(a, b), name
 
 
+def test_too_few_tokens_for_the_dampening_raise_it_and_say_so(log):
+    """Hessians of rank 16 in 192 columns, next to singular with this dampening."""
+    modifier = SinkAwareSparseGPTModifier(sparsity=0.5, dampening_frac=1e-9, calibrate_on="clean", **QUICK)
+    masks = prune(wikitext_like(1), modifier, global_seed=0, max_seq_length=16)
+    assert all(0.49 < float(mask.float().mean()) < 0.51 for mask in masks.values())
+    (line, *_) = [line for line in log if "not positive definite with dampening_frac 1e-09; pruned with" in line]
+    assert ".blocks.0." in line
+    assert "\n" not in line
+
+
 def test_nothing_left_is_an_error():
     with pytest.raises(UsageError, match=r"all 3 calibration samples.*less than 8 tokens.*concatenate_data=True"):
         prune(["", " = Union = \n", ""], SinkAwareWandaModifier(sparsity=0.5, **QUICK), global_seed=0)

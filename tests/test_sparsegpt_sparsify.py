@@ -179,7 +179,16 @@ def test_weights_of_dead_features_go():
     assert torch.isfinite(pruned).all()
 
 
-def test_an_indefinite_hessian_is_refused_by_name():
+def test_dampening_rises_until_an_indefinite_hessian_can_be_factored():
+    H = torch.tensor([[1.0, 1.2], [1.2, 1.0]])
+    factor = invert_hessian(H.clone(), 0.03, "proj")
+    assert factor.dampening_frac == pytest.approx(0.3)
+    # 1 + 0.3 of the mean diagonal, not 1 + 0.03 + 0.3.
+    dampened = H + 0.3 * torch.eye(2)
+    torch.testing.assert_close(factor.upper.T @ factor.upper, torch.linalg.inv(dampened))
+
+
+def test_a_hessian_that_stays_indefinite_is_refused_by_name():
     H = torch.tensor([[1.0, 5.0], [5.0, 1.0]])
-    with pytest.raises(UsageError, match=r"Hessian of block\.7\.proj .*dampening_frac 0.01"):
+    with pytest.raises(UsageError, match=r"Hessian of block\.7\.proj .*even with dampening_frac 1;"):
         invert_hessian(H, 0.01, "block.7.proj")

@@ -15,14 +15,14 @@ import torch
 
 from sinkprune_plugin.errors import UsageError
 
-__all__ = ["PreparedHessian", "accumulate_drift", "prepare_hessian", "row_chunks"]
+__all__ = ["PreparedHessian", "accumulate_drift", "prepare_hessian", "raise_dampening", "row_chunks"]
 
 PRECISION = torch.float32
 
 # Bytes of one float32 temporary of a solver. A solver holds up to four at a time beside its state: half a GB.
 CHUNK_BYTES = 2**27
 
-# Dampening is raised tenfold until the factorisation succeeds, but not beyond the mean diagonal itself.
+# Dampening is raised until the factorisation succeeds, but not beyond the mean diagonal itself.
 _DAMPENING_GROWTH = 10.0
 _DAMPENING_LIMIT = 1.0
 
@@ -136,16 +136,28 @@ def prepare_hessian(
         lower, info = torch.linalg.cholesky_ex(H)
         if int(info) == 0:
             break
-        if dampening_frac * _DAMPENING_GROWTH > _DAMPENING_LIMIT:
-            raise UsageError(
-                f"the Hessian of {name} is not positive definite even with dampening_frac {dampening_frac:g}; "
-                "calibrate on more samples"
-            )
-        dampening_frac *= _DAMPENING_GROWTH
+        dampening_frac = raise_dampening(dampening_frac, name)
     # (D (H + λI)⁻¹)ᵀ = s⁻¹ Hn⁻¹ s⁻¹ Dᵀ, for H + λI = s Hn s with s the diagonal matrix of scales.
     drift.div_(scale)
     shift = torch.cholesky_solve(drift.T, lower).div_(scale.unsqueeze(1)).T
     return PreparedHessian(scale, H, dead, dampening_frac, shift)
+
+
+def raise_dampening(dampening_frac: float, name: str) -> float:
+    """The share of the mean diagonal to try next where a factorisation failed.
+
+    :param dampening_frac: share that was too little
+    :param name: module name for the message
+    :return: ten times as much
+    :raises UsageError: if that would be more than the mean diagonal itself
+    """
+    raised = dampening_frac * _DAMPENING_GROWTH
+    if raised > _DAMPENING_LIMIT:
+        raise UsageError(
+            f"the Hessian of {name} is not positive definite even with dampening_frac {dampening_frac:g}; calibrate on "
+            "more samples"
+        )
+    return raised
 
 
 def row_chunks(num_rows: int, num_columns: int) -> list[slice]:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 
 from sinkprune_plugin.errors import UsageError
@@ -49,7 +50,8 @@ class SinkAwareSparseGPTModifier(SinkAwareModifierBase):
     :param calibrate_on: ``corrupted`` builds the Hessian along the denoising trajectory, each timestep's rows weighted
         with its own 1 − m; ``clean`` as published: clean samples, rows weighted with 1 − the mean of m over timesteps
     :param block_size: columns in a lazy-update block
-    :param dampening_frac: share of the mean diagonal added to the Hessian's diagonal
+    :param dampening_frac: share of the mean diagonal added to the Hessian's diagonal; raised tenfold, with a warning,
+        as often as the Hessian can't be factored
     :param offload_hessians: keep the Hessians of a block in main memory while they wait to be solved: less device
         memory, a little more time
     """
@@ -114,6 +116,11 @@ class SinkAwareSparseGPTModifier(SinkAwareModifierBase):
     def _solver(self, leader: str, statistics: torch.Tensor, device: torch.device) -> Solver:
         H = statistics.to(device).mul_(2.0 / self._samples)
         factor = invert_hessian(H, self.dampening_frac, leader)
+        if factor.dampening_frac > self.dampening_frac:
+            logger.warning(
+                f"the Hessian of {leader} is not positive definite with dampening_frac {self.dampening_frac:g}; pruned "
+                f"with {factor.dampening_frac:g} instead, more calibration samples would do with less"
+            )
         return lambda W, sparsity: sparsify_weight(W, factor, sparsity, self._structure, block_size=self.block_size)
 
 

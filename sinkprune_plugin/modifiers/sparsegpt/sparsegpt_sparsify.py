@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers.mask_structure import MaskStructure, lowest_in_rows
+from sinkprune_plugin.pruning.hessian import raise_dampening
 
 __all__ = ["InverseFactor", "accumulate_hessian", "invert_hessian", "product_precision", "sparsify_weight"]
 
@@ -68,10 +68,12 @@ class InverseFactor:
 
     :param upper: (C, C) float32, upper Cholesky factor of the inverse of the dampened Hessian
     :param dead: (C,) bool, features that were never active
+    :param dampening_frac: share of the mean diagonal that was added, larger than asked for if that was too little
     """
 
     upper: torch.Tensor
     dead: torch.Tensor
+    dampening_frac: float
 
 
 def invert_hessian(H: torch.Tensor, dampening_frac: float, name: str) -> InverseFactor:
@@ -81,21 +83,23 @@ def invert_hessian(H: torch.Tensor, dampening_frac: float, name: str) -> Inverse
     :param dampening_frac: share of the mean diagonal that is added to the diagonal
     :param name: module name for the message
     :return: the factor and the dead features
-    :raises UsageError: if the Hessian is not positive definite
+    :raises UsageError: if the Hessian stays indefinite with the largest dampening
     """
-    dead = H.diagonal() == 0
+    diagonal = H.diagonal()
+    dead = diagonal == 0
     # A feature that is never active leaves its row and column empty; the 1 keeps H invertible.
-    H.diagonal()[dead] = 1.0
-    H.diagonal().add_(dampening_frac * H.diagonal().mean())
-    lower, info = torch.linalg.cholesky_ex(H)
-    if int(info) == 0:
-        upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    if int(info) != 0:
-        raise UsageError(
-            f"the Hessian of {name} is not positive definite with dampening_frac {dampening_frac:g}; raise "
-            "dampening_frac (for instance to 0.1) or calibrate on more samples"
-        )
-    return InverseFactor(upper, dead)
+    diagonal[dead] = 1.0
+    mean = diagonal.mean()
+    added = 0.0
+    while True:
+        diagonal.add_((dampening_frac - added) * mean)
+        added = dampening_frac
+        lower, info = torch.linalg.cholesky_ex(H)
+        if int(info) == 0:
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if int(info) == 0:
+                return InverseFactor(upper, dead, dampening_frac)
+        dampening_frac = raise_dampening(dampening_frac, name)
 
 
 def sparsify_weight(
