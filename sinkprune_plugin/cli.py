@@ -224,6 +224,24 @@ def verify(
         raise typer.Exit(1)
 
 
+# What stands behind DIR isn't read here: options of vLLM may be called like ours.
+@app.command(context_settings={"allow_interspersed_args": False})
+def serve(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint directory, dense or sparse.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="VLLM_OPTIONS", help="Options of `vllm serve`; DIR --help lists them."),
+    ] = None,
+) -> None:
+    """Serve a checkpoint with vLLM: `vllm serve`, also, slowly, on a machine without a GPU. Ctrl-C ends it.
+
+    Everything behind DIR goes to `vllm serve` as it is: sinkprune serve DIR --port 8001 --served-model-name tiny
+    """
+    from sinkprune_plugin.commands.serve import serve as run
+
+    raise typer.Exit(run(directory, options or []))
+
+
 def _one_line(error: UsageError | ValidationError) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]

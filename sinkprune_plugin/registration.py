@@ -10,9 +10,11 @@ host libraries is imported. It may be called any number of times.
 - ``transformers``: configurations are registered as soon as ``AutoConfig`` exists, and register their models when they
   are made, which comes before an auto class looks for the model.
 - ``lm_eval.models``: the model class becomes known under the name ``sinkprune``.
+- ``triton.backends``: gets a backend for the CPU in the processes of a vLLM that runs on one (``vllm/cpu.py``).
 """
 
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,9 +23,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MODIFIER_GROUP", "arm"]
+__all__ = ["CPU_SWITCH", "MODIFIER_GROUP", "arm"]
 
 MODIFIER_GROUP = "llmcompressor.modifiers"
+# Set to 1 in the processes of a vLLM that runs on a CPU (vllm/cpu.py).
+CPU_SWITCH = "SINKPRUNE_VLLM_ON_CPU"
 
 
 class _SelfFillingRegistry(dict[str, Any]):
@@ -95,6 +99,11 @@ def _register_lm_eval(_module: ModuleType) -> None:
         registry.register("sinkprune", target="sinkprune_plugin.evaluation.lm_eval_model:SinkpruneLM")
 
 
+def _add_cpu_backend(module: ModuleType) -> None:
+    if os.environ.get(CPU_SWITCH) == "1":
+        importlib.import_module("sinkprune_plugin.vllm.cpu").add_backend(module)
+
+
 _ON_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "llmcompressor.modifiers.factory": _fill_factory,
     "transformers.models.auto.configuration_auto": _register_configs,
@@ -104,6 +113,7 @@ _ON_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "llmcompressor.entrypoints.oneshot": _admit_sparse_models,
     "llmcompressor.transformers.compression.compressed_tensors_utils": _correct_saved_config,
     "lm_eval.models": _register_lm_eval,
+    "triton.backends": _add_cpu_backend,
 }
 
 
@@ -157,6 +167,8 @@ def arm() -> None:
     """
     if not any(isinstance(finder, _ImportWatcher) for finder in sys.meta_path):
         sys.meta_path.insert(0, _ImportWatcher())
+    if os.environ.get(CPU_SWITCH) == "1":
+        importlib.import_module("sinkprune_plugin.vllm.cpu").find_metadata()
     for name, action in _ON_IMPORT.items():
         module = sys.modules.get(name)
         if module is not None and not getattr(module.__spec__, "_initializing", False):

@@ -41,6 +41,9 @@ def configure(vllm_config: Any) -> None:
     :raises ValueError: where something was asked for that a denoising model can't do
     """
     from vllm.logger import init_logger
+    from vllm.platforms import current_platform
+
+    from sinkprune_plugin.vllm.cpu import set_cache
 
     logger = init_logger("vllm.sinkprune")
     _refuse(vllm_config)
@@ -60,6 +63,8 @@ def configure(vllm_config: Any) -> None:
             logger.info("%s raised from %d to max_model_len %d: a denoising step isn't split", name, budget,
                         model.max_model_len)  # fmt: skip
             setattr(scheduler, name, model.max_model_len)
+    if current_platform.is_cpu():
+        set_cache(vllm_config)
     vllm_config.attention_config.use_non_causal = True
     _set_graphs(vllm_config, canvas, logger)
 

@@ -1,0 +1,1 @@
+"""Subcommands of `sinkprune`, one module each; cli.py holds their options."""
