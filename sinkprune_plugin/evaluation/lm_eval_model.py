@@ -19,6 +19,7 @@ from sinkprune_plugin.evaluation.generation_requests import AnswerRequest
 from sinkprune_plugin.evaluation.model_arguments import ModelArguments
 from sinkprune_plugin.loading import default_sequence_length, load_config, load_model, load_tokenizer
 from sinkprune_plugin.sampling import denoise
+from sinkprune_plugin.vllm.cpu import prepare
 
 __all__ = ["SinkpruneLM"]
 
@@ -36,6 +37,8 @@ class SinkpruneLM(TemplateLM):
     def __init__(self, pretrained: str | None = None, **arguments: Any) -> None:
         super().__init__()
         self.arguments = ModelArguments.read({"pretrained": pretrained, **arguments})
+        if self.arguments.backend == "vllm":
+            prepare()
         self.tokenizer: Any = load_tokenizer(self.arguments.pretrained)
         self.config: Any = load_config(self.arguments.pretrained)
         self.spec = resolve_diffusion(self.config, self.tokenizer)

@@ -29,6 +29,7 @@ from sinkprune_plugin.verification.perplexity import compare_perplexity
 from sinkprune_plugin.verification.report import JSON_FILE, SCHEMA_VERSION, write_report
 from sinkprune_plugin.verification.samples import compare_samples
 from sinkprune_plugin.verification.speed import Workload, compare_speed, transformers_sampler, vllm_sampler
+from sinkprune_plugin.vllm.cpu import prepare
 
 __all__ = ["VerifyOptions", "verify"]
 
@@ -86,6 +87,8 @@ def verify(
         raise UsageError(f"backend {options.backend!r} is unknown; use transformers or vllm")
     options.bars.check()
     device = choose_device(options.device)
+    if options.backend == "vllm":
+        prepare()
     check_output(output, overwrite=overwrite)
     infos = [inspect_checkpoint(path) for path in (dense, pruned)]
     check_derived(dense, pruned)

@@ -7,7 +7,7 @@ command ``vllm`` doesn't find its own version: it is told where to look.
 
 An environment variable carries this into every process of a server, where
 :func:`sinkprune_plugin.registration.arm` acts on it at ``import torch``. Nothing happens without it, nor with a GPU
-build of vLLM. Only the standard library is imported here: the rest comes with vLLM.
+build of vLLM. vLLM isn't imported here.
 """
 
 import importlib.metadata
@@ -17,6 +17,8 @@ import sys
 import types
 from collections.abc import Iterator
 from typing import Any
+
+from loguru import logger
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.registration import CPU_SWITCH, arm
@@ -32,7 +34,7 @@ __all__ = [
     "set_cache",
 ]
 
-SLOW = "no GPU build of vLLM here: Triton's interpreter runs its kernels on the CPU, which is slow and for trying out"
+SLOW = "no GPU here: vLLM's kernels run in Triton's interpreter, which is slow, for trying out; the tokens are the same"
 
 _INTERPRETER = "TRITON_INTERPRET"
 _INSTALL_GPU = "run: pip install vllm==0.32.0 && pip install --no-deps compressed-tensors==0.19.0"
@@ -122,23 +124,30 @@ def server_environment(*, diffusion: bool) -> dict[str, str]:
     return environment | ({_INTERPRETER: "1"} if diffusion else {})
 
 
-def prepare() -> bool:
-    """Prepare this process for an engine of a diffusion model; to be called before vLLM is imported.
+def prepare() -> None:
+    """Prepare this process for engines of diffusion models; nothing with a GPU build of vLLM. Idempotent.
 
-    :return: whether there was something to do: False with a GPU build of vLLM
+    Before vLLM is imported, and best before anything long: what is missing is said here.
+
     :raises UsageError: if vLLM isn't installed, or was imported without being prepared
     """
+    import torch
+
     require_vllm()
-    if not is_cpu_build():
-        return False
-    if "vllm" in sys.modules and os.environ.get(CPU_SWITCH) != "1":
-        raise UsageError("vLLM was imported too early; call sinkprune_plugin.vllm.cpu.prepare() before")
+    if not is_cpu_build() or os.environ.get(CPU_SWITCH) == "1":
+        return
+    if "vllm" in sys.modules:
+        raise UsageError("vLLM was imported before it was prepared for a CPU; call sinkprune_plugin.vllm.cpu.prepare()")
+    logger.warning(SLOW)
     os.environ.update(server_environment(diffusion=True))
     # In this process: another one for the engine takes half a minute to start.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if "OMP_NUM_THREADS" not in os.environ:
+        # vLLM leaves a core free for the rest in its own processes. Where threads wait for a busy core, a step of a
+        # small model takes ten times as long.
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     arm()
-    return True
 
 
 def find_metadata() -> None:

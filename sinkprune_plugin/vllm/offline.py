@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 
 from sinkprune_plugin.errors import UsageError, reason_of
+from sinkprune_plugin.vllm.cpu import prepare
 
 __all__ = ["OfflineEngine"]
 
@@ -33,12 +34,9 @@ class OfflineEngine:
         dtype: torch.dtype,
         **options: Any,
     ) -> None:
-        try:
-            from vllm import LLM
-        except ImportError as error:
-            raise UsageError(
-                "backend vllm needs sinkprune-plugin[vllm]; install it or use the transformers backend"
-            ) from error
+        prepare()
+        from vllm import LLM
+
         # Compiled graphs pay on a GPU; on a CPU they only make the start longer.
         options.setdefault("enforce_eager", not torch.cuda.is_available())
         try:
