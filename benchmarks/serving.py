@@ -10,7 +10,6 @@ native transformers class: each step runs the model on prompt and canvas and tak
 import argparse
 import contextlib
 import functools
-import importlib.util
 import json
 import os
 import statistics
@@ -27,23 +26,13 @@ from rich.table import Table
 from tqdm import tqdm
 
 from sinkprune_plugin.devices import choose_device, wait_for_device
+from sinkprune_plugin.vllm.cpu import prepare
 
 ROOT = Path(__file__).parent.parent
 CACHES = ("none", "prefix", "dual", "commit")
 BATCHES = (1, 8)
 # Prompt length, generation length, block length, steps.
 Work = tuple[int, int, int, int]
-
-
-def use_cpu_harness() -> None:
-    """Model Runner V2 asks for Triton; on a CPU its kernels run in Triton's interpreter, as in the tests."""
-    path = ROOT / "integration_tests" / "vllm_harness" / "sitecustomize.py"
-    spec = importlib.util.spec_from_file_location("vllm_harness", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.install()
 
 
 def random_llada(directory: Path) -> int:
@@ -261,8 +250,7 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if not on_gpu:
-        use_cpu_harness()
+    prepare()
     dtype = "bfloat16" if on_gpu else "float32"
     rows: list[dict[str, Any]] = []
     gpu_rows: list[dict[str, Any]] = []

@@ -1,21 +1,17 @@
 """vLLM behind `sinkprune verify` and behind lm-evaluation-harness."""
 
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from magnitude import prune_2_of_4
-from vllm_engine import HARNESS, use_harness
+from vllm_engine import SINKPRUNE, clean_environment, prepare_vllm
 
 from sinkprune_plugin.formats import convert_checkpoint
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 
-use_harness()
-SINKPRUNE = Path(sys.executable).with_name("sinkprune")
+prepare_vllm()
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +29,9 @@ def checkpoints(tmp_path_factory):
 
 
 def test_verify_times_both_models_in_vllm(checkpoints, tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(HARNESS), "SINKPRUNE_VLLM_ON_CPU": "1"}
-    # Engines in the process itself: starting processes for each takes half a minute without a GPU.
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     command = [SINKPRUNE, "verify", checkpoints / "dense", checkpoints / "sparse", "--output", tmp_path / "report"]
     command += ["--backend", "vllm", "--quick", "--seq-len", 64]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500, env=environment)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500, env=clean_environment())
     assert done.returncode == 0, done.stderr[-3000:]
     speed = json.loads((tmp_path / "report" / "report.json").read_text())["speed"]
     assert speed["backend"] == "vllm"

@@ -3,9 +3,9 @@
 import inspect
 
 import pytest
-from vllm_engine import use_harness
+from vllm_engine import prepare_vllm
 
-use_harness()
+prepare_vllm()
 
 from vllm.config import SchedulerConfig, VllmConfig  # noqa: E402
 from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402

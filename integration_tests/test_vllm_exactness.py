@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from vllm_engine import make_engine, use_harness
+from vllm_engine import make_engine, prepare_vllm
 
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 from sinkprune_plugin.sampling import denoise
@@ -154,7 +154,7 @@ def test_n_samples_have_seeds_that_count_up(engine, plain, text_ids):
 
 def test_preemption_changes_nothing(plain, text_ids):
     """Room for two of eight requests: they push each other out, and blocks begun are done again."""
-    use_harness()
+    prepare_vllm()
     from vllm.v1.core.sched.scheduler import Scheduler
 
     preempted = []

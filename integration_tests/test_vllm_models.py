@@ -4,7 +4,6 @@ Models are built and loaded by vLLM's own loader; attention, which needs an engi
 """
 
 import json
-import os
 import re
 import runpy
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from vllm_engine import free_port, use_harness
+from vllm_engine import clean_environment, free_port, prepare_vllm, skip_without_vllm
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import bitmask, convert_checkpoint, save_sparse_checkpoint
@@ -23,6 +22,7 @@ from sinkprune_plugin.models.dream.modeling_dream import DreamModel
 from sinkprune_plugin.models.llada.configuration_llada import LLaDAConfig
 from sinkprune_plugin.models.llada.modeling_llada import LLaDAModelLM
 from sinkprune_plugin.models.rotary import RotaryTables, apply_rotary
+from sinkprune_plugin.vllm.cpu import is_cpu_build, server_environment
 
 OFFICIAL = runpy.run_path(str(Path(__file__).parent.parent / "tests" / "official_checkpoints.py"))
 write_llada, write_dream = OFFICIAL["write_llada"], OFFICIAL["write_dream"]
@@ -46,7 +46,7 @@ LLAMA = {
 @pytest.fixture(scope="module")
 def load():
     """Function that loads a checkpoint with vLLM's loader, as a worker does."""
-    use_harness()
+    prepare_vllm()
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.engine.arg_utils import EngineArgs
@@ -72,7 +72,7 @@ def load():
 @pytest.fixture
 def logits(monkeypatch):
     """Function (model, its configuration, tokens) → logits, with attention over the tokens of one request."""
-    use_harness()
+    prepare_vllm()
     from vllm.config import set_current_vllm_config
     from vllm.forward_context import set_forward_context
     from vllm.model_executor.layers.attention import Attention
@@ -117,7 +117,7 @@ def check_same_logits(native_class, folder, config, load, logits):
 
 
 def test_registering_again_changes_nothing(tmp_path):
-    use_harness()
+    prepare_vllm()
     from vllm.model_executor.layers import quantization
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -208,7 +208,7 @@ def test_bfloat16_rounds_as_the_native_class(tmp_path, load, logits):
 
 def test_rotary_embedding_in_bfloat16(tmp_path, load, monkeypatch):
     """LLaDA rotates in float32 whatever the model's dtype."""
-    use_harness()
+    prepare_vllm()
     from vllm.model_executor.layers.attention import Attention
 
     write_llada(tmp_path)
@@ -507,19 +507,15 @@ def test_greedy_tokens_of_an_ordinary_model(tmp_path):
     In a process of its own with the older runner: the newer one's stock sampler has kernels that Triton's interpreter
     doesn't run, and vLLM settles on a runner once for a process.
     """
-    pytest.importorskip("vllm", reason="vLLM isn't installed; see README, Versions")
+    skip_without_vllm()
     folder = tmp_path / "dense"
     _, tensors = write_llama(folder)
     save_file(prune(tensors), folder / "model.safetensors", metadata={"format": "pt"})
     convert_checkpoint(folder, tmp_path / "sparse", to="sparse-bitmask")
     convert_checkpoint(folder, tmp_path / "legacy", to="sparse-24-bitmask", layout="legacy")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    environment = clean_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    if is_cpu_build():
+        environment |= server_environment(diffusion=False) | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     folders = [str(tmp_path / name) for name in ("dense", "sparse", "legacy")]
     run = subprocess.run(
         [sys.executable, "-c", GREEDY, *folders], env=environment, capture_output=True, text=True, timeout=300

@@ -14,21 +14,27 @@ import pytest
 # Kept to the end of the process: an engine that is garbage-collected takes the process's parallel state with it, and
 # with that every other engine.
 _ENGINES = []
-HARNESS = Path(__file__).parent / "vllm_harness"
+SINKPRUNE = Path(sys.executable).with_name("sinkprune")
 
 
-def use_harness():
-    """Let vLLM run on the CPU in this process; to be called before vLLM is imported."""
-    pytest.importorskip("vllm", reason="vLLM isn't installed; see README, Versions")
-    import torch
+def skip_without_vllm():
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM isn't installed; see README, Versions", allow_module_level=True)
 
-    if torch.cuda.is_available():
-        return
-    spec = importlib.util.spec_from_file_location("vllm_harness", HARNESS / "sitecustomize.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.install()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+def prepare_vllm():
+    """Prepare vLLM in this process, as `sinkprune verify` does; to be called before vLLM is imported."""
+    skip_without_vllm()
+    from sinkprune_plugin.vllm.cpu import prepare
+
+    prepare()
+
+
+def clean_environment():
+    """This process's environment without what vLLM was prepared with: that of a user's shell."""
+    ours = ("VLLM_", "SINKPRUNE_", "TRITON_INTERPRET", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return environment | {"VLLM_NO_USAGE_STATS": "1"}
 
 
 def make_engine(model, **options):
@@ -37,7 +43,7 @@ def make_engine(model, **options):
     :param model: checkpoint directory
     :param options: arguments of ``LLM`` in place of the defaults here
     """
-    use_harness()
+    prepare_vllm()
     from vllm import LLM
 
     settings = {
@@ -67,32 +73,27 @@ def free_port():
 
 
 @contextlib.contextmanager
-def serving(model, log, *arguments):
-    """The OpenAI-compatible server in processes of its own.
+def serving(command, log):
+    """The OpenAI-compatible server in processes of its own, started as a user starts it.
 
-    :param model: checkpoint directory
+    :param command: `sinkprune serve …` without a port
     :param log: file for what it prints
-    :param arguments: further command-line arguments
     :return: base address and process
     """
-    pytest.importorskip("vllm", reason="vLLM isn't installed; see README, Versions")
+    skip_without_vllm()
     import httpx
-    import torch
 
     port = free_port()
-    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1"}
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    if not torch.cuda.is_available():
-        environment |= {"PYTHONPATH": str(HARNESS), "SINKPRUNE_VLLM_ON_CPU": "1"}
-    # The command `vllm` of the CPU build looks for a distribution of another name.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
-    command += ["--diffusion-config", '{"canvas_length": 128}', "--served-model-name", "tiny", *arguments]
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            [*map(str, command), "--host", "127.0.0.1", "--port", str(port)],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=clean_environment(),
+        )
         try:
             address = f"http://127.0.0.1:{port}"
-            deadline = time.monotonic() + 180
+            deadline = time.monotonic() + 300
             while True:
                 with contextlib.suppress(httpx.TransportError):
                     if httpx.get(f"{address}/health", timeout=5).status_code == 200:

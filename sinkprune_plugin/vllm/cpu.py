@@ -127,17 +127,19 @@ def server_environment(*, diffusion: bool) -> dict[str, str]:
 def prepare() -> None:
     """Prepare this process for engines of diffusion models; nothing with a GPU build of vLLM. Idempotent.
 
-    Before vLLM is imported, and best before anything long: what is missing is said here.
+    Before anything of vLLM is used, and best before anything long: what is missing is said here.
 
-    :raises UsageError: if vLLM isn't installed, or was imported without being prepared
+    :raises UsageError: if vLLM isn't installed, or was used without being prepared
     """
     import torch
 
     require_vllm()
     if not is_cpu_build() or os.environ.get(CPU_SWITCH) == "1":
         return
-    if "vllm" in sys.modules:
-        raise UsageError("vLLM was imported before it was prepared for a CPU; call sinkprune_plugin.vllm.cpu.prepare()")
+    if "vllm.triton_utils" in sys.modules:
+        raise UsageError(
+            "vLLM was used before it was prepared for a CPU; first call sinkprune_plugin.vllm.cpu.prepare()"
+        )
     logger.warning(SLOW)
     os.environ.update(server_environment(diffusion=True))
     # In this process: another one for the engine takes half a minute to start.
