@@ -1,15 +1,22 @@
-"""vLLM's OpenAI-compatible server with our models: completions, chat, streams, nonsense, clients that leave."""
+"""README's server and client, and what the server does with chat, streams, nonsense, clients that leave, and Ctrl-C."""
 
 import asyncio
 import json
 import random
+import re
+import shlex
 import signal
 import string
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import torch
-from vllm_engine import serving
+from vllm_engine import SINKPRUNE, clean_environment, serving
 
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 from sinkprune_plugin.sampling import denoise
@@ -19,21 +26,55 @@ pytestmark = pytest.mark.xdist_group("server")
 TIMEOUT = httpx.Timeout(120)
 
 
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def process_of_server(tmp_path_factory):
+    """Address, process and log of the one server of this module: README's command with the embedded model."""
     folder = tmp_path_factory.mktemp("server")
     log, template = folder / "server.log", folder / "template.jinja"
     # The embedded model is no chat model and has no template of its own.
     template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    (line,) = re.findall(r"^sinkprune serve .*$", README, re.MULTILINE)
+    _, serve, directory, *options = shlex.split(line)
+    assert (serve, directory) == ("serve", "demo-output/sink-aware-sparsegpt")
+    command = [SINKPRUNE, serve, EMBEDDED_MODEL, *options, "--chat-template", template]
     # Few slots, so that clients that leave must make room for others.
-    with serving(EMBEDDED_MODEL, log, "--max-num-seqs", "8", "--chat-template", str(template)) as (address, process):
-        yield address
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert "EngineDead" not in log.read_text()
+    command += ["--diffusion-config", '{"canvas_length": 128}', "--max-num-seqs", "8"]
+    if torch.cuda.is_available():
+        command += ["--dtype", "float32", "--enforce-eager"]
+    with serving(command, log) as (address, process):
+        yield address, process, log
+
+
+@pytest.fixture
+def server(process_of_server):
+    address, process, log = process_of_server
+    yield address
+    assert process.poll() is None, log.read_text()[-3000:]
+    assert "EngineDead" not in log.read_text()
 
 
 def complete(server, **body):
     return httpx.post(f"{server}/v1/completions", json={"model": "tiny", **body}, timeout=TIMEOUT)
+
+
+def test_the_client_of_the_readme_as_printed(server):
+    (client,) = re.findall(r"^```python\n(from openai import OpenAI\n.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert client.count("http://localhost:8000/") == 1
+    done = subprocess.run(
+        [sys.executable, "-c", client.replace("http://localhost:8000", server)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=clean_environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = load_model(EMBEDDED_MODEL, torch.float32), load_tokenizer(EMBEDDED_MODEL)
+    prompt = torch.tensor(tokenizer("The President of the United States")["input_ids"])
+    tokens = denoise(model, prompt, gen_length=32, block_length=8, cache="dual")
+    assert done.stdout == tokenizer.decode(tokens.sequences[0]) + "\n"
 
 
 def test_text_is_that_of_the_plain_sampler(server):
@@ -201,11 +242,22 @@ def test_five_hundred_wrong_requests_are_all_refused_and_the_server_stays_up(ser
     assert complete(server, prompt="Congress", max_tokens=8, temperature=0).json()["choices"] == before
 
 
-def test_sigterm_ends_the_server_cleanly(tmp_path):
-    log = tmp_path / "server.log"
-    with serving(EMBEDDED_MODEL, log) as (address, process):
-        assert complete(address, prompt="Congress", max_tokens=8).status_code == 200
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-    assert process.returncode in (0, -signal.SIGTERM)
-    assert "Traceback" not in log.read_text()
+def test_ctrl_c_ends_the_server_within_seconds_although_a_client_waits(process_of_server):
+    """The last test of this module: it ends the module's server."""
+    address, process, log = process_of_server
+    assert "for trying out" in log.read_text() or torch.cuda.is_available()
+    processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert len(processes) > 1
+    body = {"model": "tiny", "prompt": [5] * 100, "max_tokens": 128, "stream": True, "ignore_eos": True}
+    body["vllm_xargs"] = {"dlm_block_length": 8}
+    with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=TIMEOUT) as response:
+        next(response.iter_lines())
+        started = time.monotonic()
+        # To this process alone: in a terminal, the server's own ones have a session of their own.
+        process.send_signal(signal.SIGINT)
+        status = process.wait(60)
+        # Five seconds for the server, two for its processes, and a busy machine.
+        assert time.monotonic() - started < 20
+    assert status in (0, 130)
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]

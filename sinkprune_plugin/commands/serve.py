@@ -40,7 +40,8 @@ def serve(checkpoint: Path, options: Sequence[str]) -> int:
     command = [sys.executable, "-P", "-c", _VLLM, "serve", str(checkpoint)]
     if not is_cpu_build():
         os.execv(sys.executable, [*command, *options])
-    sys.stderr.write(f"sinkprune: {SLOW}\n")
+    if diffusion:
+        sys.stderr.write(f"sinkprune: {SLOW}\n")
     environment = os.environ | server_environment(diffusion=diffusion)
     return run_server([*command, *cpu_options(options), *options], environment)
 
