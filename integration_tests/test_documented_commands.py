@@ -36,11 +36,11 @@ NOT_RUN = {
     "git clone": "needs a network",
     ".venv/bin/pre-commit install": "writes into the repository",
     'from llmcompressor import oneshot\n\noneshot(\n    model="GSAI-ML': "test_oneshot_data.py runs it as printed",
-    "vllm serve demo-output": "test_vllm_server.py starts that server",
-    "curl -s localhost:8000/v1/completions": "test_vllm_server.py sends such requests",
-    "curl … ": "shortened; test_vllm_server.py sends such requests",
-    "vllm serve ./llada-8b-sink-2of4": "test_vllm_server.py starts that server",
+    "sinkprune serve demo-output": "test_vllm_server.py runs it as printed",
+    "from openai import OpenAI": "test_vllm_server.py runs it as printed",
+    "sinkprune serve ./llada-8b-sink-2of4": "test_vllm_server.py starts such a server",
     "curl localhost:8000": "test_vllm_server.py sends such requests",
+    "from sinkprune_plugin.vllm.cpu import prepare": "for the rest of a process; test_vllm_contract.py begins with it",
     "from vllm import LLM": "test_vllm_checkpoints.py makes such an engine, on a CPU with what that needs",
     "tiny-llada, ELBO perplexity": "what `make demo` prints; test_quiet_commands.py runs it on less data",
     "0 1 0 2 0 0 3 0 4 0\n": "a matrix; test_formats_codecs.py has it",
@@ -241,4 +241,7 @@ def test_commands_within_sentences_name_what_there_is(page, text):
     _, name, *options = shlex.split(text)
     known = typer.main.get_command(cli.app).commands
     assert name in known, page
+    if name == "serve":
+        # What stands behind the directory is vLLM's.
+        options = []
     assert {word for word in options if word.startswith("-")} <= {o for p in known[name].params for o in p.opts}, page

@@ -15,10 +15,9 @@ import importlib.util
 import os
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any
-
-from loguru import logger
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.registration import CPU_SWITCH, arm
@@ -140,7 +139,7 @@ def prepare() -> None:
         raise UsageError(
             "vLLM was used before it was prepared for a CPU; first call sinkprune_plugin.vllm.cpu.prepare()"
         )
-    logger.warning(SLOW)
+    warnings.warn(SLOW, stacklevel=2)
     os.environ.update(server_environment(diffusion=True))
     # In this process: another one for the engine takes half a minute to start.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
