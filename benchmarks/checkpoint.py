@@ -10,6 +10,8 @@
   hand out, which both formats write to as well.
 - *memory*: largest resident memory of a process that converts a checkpoint of 4 GB in files of 1 GB, torch included;
   Linux only.
+- *digests*: the SHA-256 of all files that a conversion wrote, once more. It is a part of the conversion to a sparse
+  format and of reading the result.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sinkprune_plugin.formats import bitmask, bitmask24, convert_checkpoint
+from sinkprune_plugin.formats.digests import file_digest
 from sinkprune_plugin.formats.safetensors_header import TensorSpec
 from sinkprune_plugin.formats.shard_writer import ShardWriter, shard_names, tensor_bytes
 
@@ -145,11 +148,18 @@ def write_synthetic(directory: Path, gigabytes: int) -> None:
 
 
 def convert(source: Path, target: Path, to: str) -> dict[str, float]:
-    """One conversion, with this process' largest resident memory."""
+    """One conversion, with this process' largest resident memory, and the digests of what it wrote."""
     seconds, written = timed(lambda: convert_checkpoint(source, target, to))
     # getrusage has the same number, but starts from the peak of the process that started this one.
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return {"seconds": seconds, "peak_bytes": peak, "dense_bytes": written.dense_bytes}
+    digest_seconds, _ = timed(lambda: [file_digest(file) for file in sorted(target.glob("*.safetensors"))])
+    return {
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "dense_bytes": written.dense_bytes,
+        "stored_bytes": written.stored_bytes,
+        "digest_seconds": digest_seconds,
+    }
 
 
 def in_process(*arguments: object, path: str = "") -> Any:
@@ -228,11 +238,13 @@ def main() -> None:
     )
 
     table = Table(title=f"converting {options.gigabytes} GB in files of 1 GB, one core", title_justify="left")
-    for heading in ("conversion", "peak, MB", "seconds", "GB/s"):
+    for heading in ("conversion", "peak, MB", "seconds", "GB/s", "digests, s", "GB/s"):
         table.add_column(heading, justify="left" if heading == "conversion" else "right")
     for route, row in conversions.items():
         rate = row["dense_bytes"] / row["seconds"] / 1e9
-        table.add_row(route, f"{row['peak_bytes'] / 1e6:.0f}", f"{row['seconds']:.1f}", f"{rate:.2f}")
+        digest_rate = row["stored_bytes"] / row["digest_seconds"] / 1e9
+        cells = (f"{row['peak_bytes'] / 1e6:.0f}", f"{row['seconds']:.1f}", f"{rate:.2f}")
+        table.add_row(route, *cells, f"{row['digest_seconds']:.1f}", f"{digest_rate:.2f}")
     console.print(table)
 
     result = {

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.errors import UsageError, short
 from sinkprune_plugin.formats.format_names import AUTO, LAYOUTS, parse_format
 from sinkprune_plugin.formats.sparsity_config import without_sparsity
 from sinkprune_plugin.outputs import check_output
@@ -48,11 +48,11 @@ class WriteRequest:
         if self.format != AUTO:
             parse_format(self.format, "the requested format")
         if self.layout not in LAYOUTS:
-            raise UsageError(f"layout is {self.layout!r}; the layouts are {', '.join(LAYOUTS)}")
+            raise UsageError(f"layout is '{short(self.layout)}'; the layouts are {', '.join(LAYOUTS)}")
         if self.max_shard_bytes < 1:
             raise UsageError(f"max_shard_bytes is {self.max_shard_bytes}; it must be at least 1")
         if isinstance(self.targets, str):
-            raise UsageError(f"targets is the text {self.targets!r}; pass a list of names")
+            raise UsageError(f"targets is the text '{short(self.targets)}'; pass a list of names")
         check_output(self.directory, overwrite=self.overwrite)
         if self.source is not None and self.directory.resolve() in self.source.resolve().parents:
             raise UsageError(
