@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from vllm_engine import use_harness
+from vllm_engine import prepare_vllm
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import load_sparse_checkpoint, save_sparse_checkpoint
@@ -43,7 +43,7 @@ def read_by_transformers(directory):
 
 def read_by_vllm(directory):
     """vLLM's own loader, with what the plugin puts in front of it; no engine is needed for that."""
-    use_harness()
+    prepare_vllm()
     from vllm.config import LoadConfig, ModelConfig
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
