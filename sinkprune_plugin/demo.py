@@ -11,6 +11,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sinkprune_plugin.devices import choose_device
 from sinkprune_plugin.diffusion import elbo_perplexity
@@ -102,7 +103,8 @@ def run_demo(
     console = Console()
     _print(rows, console)
     print_report(report, console)
-    console.print(f"models, demo.json and verify/report.html (with a picture of the sinks) are in {output}")
+    where = f"models, demo.json and verify/report.html (with a picture of the sinks) are in {output}"
+    console.print(Text(where), soft_wrap=True)
     return rows
 
 

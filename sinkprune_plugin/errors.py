@@ -13,10 +13,14 @@ def reason_of(error: Exception) -> str:
     """What happened, in one line: libraries say that first and repeat afterwards where help can be found.
 
     :param error: a library's exception
-    :return: first line of its message, or its type where there is none
+    :return: first line of its message, or two where the first only announces the second; the type goes before where
+        the message alone would say little, as that of a KeyError
     """
-    message = str(error).strip()
-    return message.splitlines()[0] if message else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    if message and isinstance(error, OSError | ValueError | RuntimeError):
+        return message
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def short(value: object, longest: int = 120) -> str:

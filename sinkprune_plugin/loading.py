@@ -1,9 +1,11 @@
 """Loading a local or hub model and its tokenizer, with failures said in one line."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sinkprune_plugin.errors import UsageError, reason_of
+from sinkprune_plugin.errors import UsageError, reason_of, short
 
 if TYPE_CHECKING:
     import torch
@@ -11,11 +13,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EMBEDDED_MODEL",
-    "checkpoint_bytes",
     "default_sequence_length",
     "load_config",
     "load_model",
     "load_tokenizer",
+    "maximum_length",
 ]
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny-llada"
@@ -28,14 +30,28 @@ def load_model(name: str | Path, dtype: Any = "auto", device: "torch.device | No
     :param dtype: torch dtype, or ``auto`` for the checkpoint's own
     :param device: where to; None leaves it in main memory
     :return: the model in evaluation mode
-    :raises UsageError: if it can't be loaded
+    :raises UsageError: if it can't be loaded, or its weights aren't those that its configuration asks for
     """
     from transformers import AutoModelForCausalLM
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unloadable("model", name, error) from error
+    with _in_one_line("model", name):
+        # Sizes that don't match are let through here, as transformers names them only in a table that it logs.
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    for weight, stored, wanted in sorted(found["mismatched_keys"]):
+        raise UsageError(
+            f"can't load the model {name}: {short(weight)} is {list(stored)} in its weights and {list(wanted)} by its "
+            "config.json; fetch both again"
+        )
+    # transformers makes up what it doesn't find, with a warning.
+    missing = sorted(found["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UsageError(
+            f"can't load the model {name}: its weights lack {short(missing[0])}{more}, which its config.json asks for; "
+            "fetch both again"
+        )
     return (model if device is None else model.to(device)).eval()
 
 
@@ -48,10 +64,8 @@ def load_config(name: str | Path) -> Any:
     """
     from transformers import AutoConfig
 
-    try:
+    with _in_one_line("configuration", name):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unloadable("configuration", name, error) from error
 
 
 def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
@@ -63,15 +77,11 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unloadable("tokenizer", name, error) from error
-
-
-def checkpoint_bytes(name: str | Path) -> int:
-    """Size of a local checkpoint's weights in bytes; 0 for a hub name, whose size isn't known here."""
-    return sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) if Path(name).is_dir() else 0
+    with _in_one_line("tokenizer", name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        # Values of a wrong type in its configuration show only when it is used.
+        tokenizer.decode(tokenizer("a", add_special_tokens=False)["input_ids"])
+        return tokenizer
 
 
 def default_sequence_length(config: Any, longest: int) -> int:
@@ -80,16 +90,37 @@ def default_sequence_length(config: Any, longest: int) -> int:
     :param config: the model's configuration
     :param longest: upper bound
     :return: the model's maximum length or ``longest``, whichever is less
-    :raises UsageError: if the configuration names no maximum
+    :raises UsageError: if the configuration names no maximum, or one that isn't a number of tokens
+    """
+    maximum = maximum_length(config)
+    if maximum is None:
+        raise UsageError("the model's config names no maximum length; pass --seq-len")
+    return min(maximum, longest)
+
+
+def maximum_length(config: Any) -> int | None:
+    """Tokens that a model was made for.
+
+    :param config: the model's configuration
+    :return: their number, None where the configuration names none
+    :raises UsageError: if the configuration's value isn't a number of tokens
     """
     for key in ("max_sequence_length", "max_position_embeddings"):
         length = getattr(config, key, None)
-        if length:
-            return min(int(length), longest)
-    raise UsageError("the model's config names no maximum length; pass --seq-len")
+        if length is None:
+            continue
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            raise UsageError(f"{key}={short(repr(length))} in the model's config isn't a number of tokens; correct it")
+        return length
+    return None
 
 
-def _unloadable(what: str, name: str | Path, error: Exception) -> UsageError:
-    if isinstance(error, UsageError):
-        return error
-    return UsageError(f"can't load the {what} {name}: {reason_of(error)}")
+@contextlib.contextmanager
+def _in_one_line(what: str, name: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        # Of any type: with a damaged or odd file transformers, safetensors and tokenizers fail wherever it shows.
+        raise UsageError(f"can't load the {what} {name}: {reason_of(error)}") from error

@@ -1,15 +1,18 @@
 """`sinkprune prune`: one recipe through llm-compressor's own oneshot(), the result written whole or not at all."""
 
 from pathlib import Path
+from typing import Any
 
 from sinkprune_plugin.devices import choose_device
-from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.loading import checkpoint_bytes, default_sequence_length, load_model, load_tokenizer
+from sinkprune_plugin.errors import UsageError, reason_of, short
+from sinkprune_plugin.inputs import load_inputs
+from sinkprune_plugin.loading import load_model
 from sinkprune_plugin.modifiers import load_oneshot_flow
-from sinkprune_plugin.outputs import check_output, new_directory
+from sinkprune_plugin.outputs import check_output, new_directory, scratch_directory
 from sinkprune_plugin.provenance import write_provenance
+from sinkprune_plugin.recipe_files import RECIPE_FILE, read_recipe
 from sinkprune_plugin.steps import quiet_steps
-from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
+from sinkprune_plugin.text_windows import embedded_text
 
 __all__ = ["prune"]
 
@@ -48,20 +51,35 @@ def prune(
     :return: the output directory
     :raises UsageError: on wrong input; nothing is written then
     """
-    if not recipe.is_file():
-        raise UsageError(f"recipe {recipe} doesn't exist; the recipes folder has one for every method")
+    text, content = read_recipe(recipe)
+    earlier = Path(model_name) / RECIPE_FILE
+    if earlier.is_file():
+        # llm-compressor adds to it where it saves.
+        read_recipe(earlier)
     place = choose_device(device)
-    check_output(output, overwrite=overwrite, needed_bytes=checkpoint_bytes(model_name))
-    source = dataset if dataset is not None else embedded_text("calibration")
+    check_output(output, overwrite=overwrite)
     with quiet_steps(verbose=verbose) as steps:
         with steps.step(f"loading {model_name}"):
-            tokenizer = load_tokenizer(model_name)
-            model = load_model(model_name)
-            length = seq_len if seq_len is not None else default_sequence_length(model.config, LONGEST_DEFAULT)
-            windows = token_windows(read_documents(source), tokenizer, length, num_samples, seed=seed)
+            inputs = load_inputs(
+                model_name,
+                dataset=dataset,
+                default="calibration",
+                seq_len=seq_len,
+                longest=LONGEST_DEFAULT,
+                count=num_samples,
+                seed=seed,
+            )
+            # A sparse checkpoint is written from a dense one beside it.
+            check_output(output, overwrite=overwrite, needed_bytes=2 * inputs.weight_bytes)
             flow = load_oneshot_flow()
+            with flow.log_to(steps):
+                flow.check_recipe(recipe, content)
+            tokenizer, windows = inputs.tokenizer, inputs.windows
+            model = load_model(model_name)
+            _check_saving(model, tokenizer, output)
         with flow.log_to(steps):
-            with steps.step(f"pruning with {recipe.name} ({len(windows)} × {length} tokens, {place})"):
+            count, length = windows.shape
+            with steps.step(f"pruning with {recipe.name} ({count} × {length} tokens, {place})"):
                 # "auto" is what llm-compressor does by itself, and it knows its rank among several processes.
                 onload = None if device == "auto" else place
                 flow.run_oneshot(model, tokenizer, recipe, windows, device=onload, batch_size=batch_size)
@@ -71,10 +89,24 @@ def prune(
                 write_provenance(
                     directory,
                     model=str(model_name),
-                    recipe=recipe.read_text(encoding="utf-8"),
-                    dataset=Path(source).name,
+                    recipe=text,
+                    dataset=Path(dataset if dataset is not None else embedded_text("calibration")).name,
                     num_samples=len(windows),
-                    seq_len=length,
+                    seq_len=windows.shape[1],
                     seed=seed,
                 )
     return output
+
+
+def _check_saving(model: Any, tokenizer: Any, output: Path) -> None:
+    """Save everything but the weights: what transformers loads, it may refuse to save, and then all work is lost."""
+    with scratch_directory(output) as scratch:
+        try:
+            model.save_pretrained(scratch, state_dict={})
+            tokenizer.save_pretrained(scratch)
+        except OSError:
+            raise
+        except Exception as error:
+            # Of any type: values of a wrong type show wherever they are used.
+            reason = short(reason_of(error), 300)
+            raise UsageError(f"a model pruned from this one couldn't be saved: {reason}; correct its files") from error

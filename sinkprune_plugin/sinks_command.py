@@ -5,11 +5,12 @@ from pathlib import Path
 from rich.console import Console
 
 from sinkprune_plugin.devices import choose_device
-from sinkprune_plugin.loading import default_sequence_length, load_model, load_tokenizer
+from sinkprune_plugin.inputs import load_inputs
+from sinkprune_plugin.loading import load_model
 from sinkprune_plugin.outputs import check_output
+from sinkprune_plugin.sinks.observe import find_spec
 from sinkprune_plugin.sinks.report import print_sink_report, sink_report
 from sinkprune_plugin.steps import quiet_steps
-from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
 
 __all__ = ["measure_sinks"]
 
@@ -46,15 +47,22 @@ def measure_sinks(
     """
     place = choose_device(device)
     check_output(output, overwrite=overwrite)
-    source = dataset if dataset is not None else embedded_text("calibration")
     with quiet_steps(verbose=verbose) as steps:
         with steps.step(f"loading {model_name}"):
-            tokenizer = load_tokenizer(model_name)
+            inputs = load_inputs(
+                model_name,
+                dataset=dataset,
+                default="calibration",
+                seq_len=seq_len,
+                longest=LONGEST_DEFAULT,
+                count=num_samples,
+                seed=seed,
+            )
+            spec = find_spec(inputs.config, inputs.tokenizer)
             model = load_model(model_name, device=place)
-            length = seq_len if seq_len is not None else default_sequence_length(model.config, LONGEST_DEFAULT)
-            windows = token_windows(read_documents(source), tokenizer, length, num_samples, seed=seed)
-        with steps.step(f"looking for sinks ({len(windows)} × {length} tokens, {place})"):
+        count, length = inputs.windows.shape
+        with steps.step(f"looking for sinks ({count} × {length} tokens, {place})"):
             report = sink_report(
-                model, tokenizer, windows, output, seed=seed, batch_size=batch_size, overwrite=overwrite
+                model, spec, inputs.windows, output, seed=seed, batch_size=batch_size, overwrite=overwrite
             )
     print_sink_report(report, Console())

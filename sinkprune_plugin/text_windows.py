@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.errors import UsageError, reason_of
 
 __all__ = ["embedded_text", "read_documents", "token_stream", "token_windows"]
 
@@ -110,9 +110,12 @@ def token_windows(
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        # With or without the mark that some editors put first.
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error.strerror}") from error
 
 
 def _read_jsonl(path: Path, text_column: str) -> list[str]:
@@ -122,11 +125,19 @@ def _read_jsonl(path: Path, text_column: str) -> list[str]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path} line {number} is not JSON ({error.msg}); write one object a line") from error
+        except (ValueError, RecursionError) as error:
+            what = getattr(error, "msg", None) or reason_of(error)
+            raise UsageError(f"{path} line {number} is not JSON ({what}); write one object a line") from error
         text = record.get(text_column) if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise UsageError(f"{path} line {number} has no text in field {text_column!r}; name the right text_column")
+        if not text.isascii():
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise UsageError(
+                    f"{path} line {number} has half of a character (\\ud…) in its text; correct it"
+                ) from error
         documents.append(text)
     return documents
 
@@ -137,15 +148,21 @@ def _read_dataset(path: Path, text_column: str) -> list[str]:
 
     if not any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         raise UsageError(f"{path} is a directory but no dataset written by save_to_disk; give one, or a text file")
-    data = load_from_disk(str(path))
-    if isinstance(data, DatasetDict):
-        split = "train" if "train" in data else next(iter(data)) if len(data) == 1 else None
-        if split is None:
-            raise UsageError(f"{path} has the splits {', '.join(data)} and no 'train'; give the directory of one")
-        data = data[split]
-    if text_column not in data.column_names:
-        raise UsageError(
-            f"{path} has no column {text_column!r}, only {', '.join(data.column_names)}; name the right text_column"
-        )
-    # A row may be None.
-    return [text if isinstance(text, str) else "" for text in data[text_column]]
+    try:
+        data = load_from_disk(str(path))
+        if isinstance(data, DatasetDict):
+            split = "train" if "train" in data else next(iter(data)) if len(data) == 1 else None
+            if split is None:
+                raise UsageError(f"{path} has the splits {', '.join(data)} and no 'train'; give the directory of one")
+            data = data[split]
+        if text_column not in data.column_names:
+            raise UsageError(
+                f"{path} has no column {text_column!r}, only {', '.join(data.column_names)}; name the right text_column"
+            )
+        # A row may be None.
+        return [text if isinstance(text, str) else "" for text in data[text_column]]
+    except UsageError:
+        raise
+    except Exception as error:
+        # Of any type: a damaged file shows wherever datasets uses it.
+        raise UsageError(f"{path} can't be read as a saved dataset: {reason_of(error)}; save it again") from error

@@ -153,6 +153,8 @@ def test_rotary_keys_as_transformers_5_writes_them():
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"num_attention_heads": 5}, "hidden_size=56 over num_attention_heads=5"),
         ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads=3"),
+        ({"num_hidden_layers": None}, "num_hidden_layers=None .* whole number of at least 1"),
+        ({"rope_theta": "x"}, "rope_theta='x' .* number above 0"),
     ],
 )
 def test_options_that_are_not_computed_are_refused_by_name(changes, words):

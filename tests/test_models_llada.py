@@ -299,9 +299,16 @@ def test_options_that_are_not_computed_are_refused_by_name(option, value, tmp_pa
         ({"n_heads": 16}, "heads of one even width"),
         ({"n_kv_heads": 4}, "n_heads=6 is no multiple of n_kv_heads=4"),
         ({"n_kv_heads": 2, "multi_query_attention": True}, "n_kv_heads=2 contradicts multi_query_attention=True"),
+        ({"n_layers": "six"}, "n_layers='six' .* whole number of at least 1"),
+        ({"n_layers": -1}, "n_layers=-1 .* whole number of at least 1"),
+        ({"n_heads": 0}, "n_heads=0 .* whole number of at least 1"),
+        ({"max_sequence_length": True}, "max_sequence_length=True .* whole number of at least 1"),
+        ({"mlp_hidden_size": 2.5}, "mlp_hidden_size=2.5 .* whole number of at least 1"),
+        ({"rope_theta": "x"}, "rope_theta='x' .* number above 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan .* number above 0"),
     ],
 )
-def test_contradicting_sizes_are_refused(changes, words):
+def test_wrong_and_contradicting_sizes_are_refused(changes, words):
     with pytest.raises(UsageError, match=words):
         LLaDAModelLM(LLaDAConfig(**{"d_model": 48, "n_heads": 6, "vocab_size": 90, "n_layers": 1, **changes}))
 

@@ -14,11 +14,14 @@ from llmcompressor.logger import configure_logger
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from llmcompressor.pipelines.data_free import pipeline as data_free_pipeline
 from llmcompressor.pipelines.sequential import pipeline as sequential_pipeline
+from llmcompressor.recipe import Recipe
 from loguru import logger
+from pydantic import ValidationError
 
+from sinkprune_plugin.errors import UsageError, reason_of, short
 from sinkprune_plugin.steps import Steps, is_noise
 
-__all__ = ["calibration_dataset", "log_to", "run_oneshot", "stock_modifier"]
+__all__ = ["calibration_dataset", "check_recipe", "log_to", "run_oneshot", "stock_modifier"]
 
 
 @contextlib.contextmanager
@@ -57,6 +60,27 @@ def log_to(steps: Steps, *, summaries: bool = True) -> Iterator[None]:
 
 def _line(record: Any) -> str:
     return "{message}\n" if record["level"].name == "INFO" else record["level"].name.lower() + ": {message}\n"
+
+
+def check_recipe(file: Path, content: dict[str, Any]) -> None:
+    """Check that llm-compressor can run a recipe.
+
+    :param file: where it is, for messages
+    :param content: what it holds
+    :raises UsageError: if its modifiers can't be made, or it has none
+    :raises pydantic.ValidationError: if a modifier refuses its fields
+    """
+    try:
+        modifiers = Recipe.from_dict(content).modifiers
+    except (UsageError, ValidationError):
+        raise
+    except Exception as error:
+        # Of any type: llm-compressor takes the parts of a recipe for what they should be.
+        raise UsageError(f"recipe {file} can't be read by llm-compressor: {short(reason_of(error), 300)}") from error
+    if not modifiers:
+        raise UsageError(
+            f"recipe {file} has no modifiers; name them below a key in _modifiers, and that below one in _stage"
+        )
 
 
 def calibration_dataset(windows: torch.Tensor) -> Any:

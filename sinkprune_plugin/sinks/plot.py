@@ -41,7 +41,9 @@ def plot_sinks(
     figure = Figure(figsize=(12.5, 1.9 + 0.36 * max(steps, 6)), dpi=_DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     heat, number, weight = figure.subplots(1, 3, sharey=True, width_ratios=(6.4, 1.2, 1.2))
-    figure.suptitle(f"{title}\n{_summary(observation, dynamics)}", x=0.012, ha="left", fontsize=11.5)
+    # A name with two dollar signs isn't a formula.
+    heading = f"{title}\n{_summary(observation, dynamics)}"
+    figure.suptitle(heading, x=0.012, ha="left", fontsize=11.5, parse_math=False)
 
     image = _draw_mass(heat, observation, order, window)
     positions = [dynamics.dominant_positions[window][step] + 0.5 for step in order]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sinkprune_plugin.diffusion import DiffusionSpec
+from sinkprune_plugin.errors import short
 from sinkprune_plugin.outputs import new_directory
 from sinkprune_plugin.provenance import provenance
 from sinkprune_plugin.sinks.dynamics import SinkDynamics, sink_dynamics
@@ -79,7 +80,7 @@ def sink_report(
         spec: DiffusionSpec | None = tokenizer_or_spec
     else:
         spec = find_spec(model.config, tokenizer_or_spec)
-    name = model_name or Path(getattr(model.config, "_name_or_path", "") or type(model).__name__).name
+    name = short(model_name or Path(getattr(model.config, "_name_or_path", "") or type(model).__name__).name)
     with new_directory(Path(output_dir), overwrite=overwrite) as directory:
         observation = observe_sinks(model, windows, spec, settings, batch_size=batch_size)
         dynamics = sink_dynamics(
@@ -99,9 +100,12 @@ def print_sink_report(report: SinkReport, console: "Console") -> None:
     :param console: where to print
     """
     from rich.table import Table
+    from rich.text import Text
 
     observation, dynamics = report.observation, report.dynamics
-    table = Table(title=_title(report), title_justify="left", caption=_caption(report), caption_justify="left")
+    # Text: a name with brackets isn't markup.
+    title = Text(_title(report), style="table.title")
+    table = Table(title=title, title_justify="left", caption=_caption(report), caption_justify="left")
     first = "timestep" if observation.axis == "timestep" else "tokens"
     for heading in (first, "sinks", "mass on sinks", "mass on dominant", "dominant position (window 1)"):
         table.add_column(heading, justify="right")

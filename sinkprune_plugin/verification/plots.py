@@ -78,4 +78,7 @@ def _sparsity(axes: Any, content: dict[str, Any]) -> None:
     axes.set_xlabel("decoder block")
     axes.set_ylabel("zeros (%)")
     axes.set_ylim(0, 102)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    legend = axes.legend(frameon=False, fontsize=8, ncols=2)
+    for text in legend.get_texts():
+        # A name from the checkpoint with two dollar signs isn't a formula.
+        text.set_parse_math(False)

@@ -104,9 +104,11 @@ def print_report(content: dict[str, Any], console: "Console") -> None:
     """
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(
-        title=f"{content['pruned']} against {content['dense']}",
+        # Text: a name with brackets isn't markup.
+        title=Text(f"{content['pruned']} against {content['dense']}", style="table.title"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -115,7 +117,7 @@ def print_report(content: dict[str, Any], console: "Console") -> None:
     for heading in ("", "pruned", "compared with"):
         table.add_column(heading, overflow="fold")
     for row in headline(content):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console.print(table)
     for bar in content["bars"]:
         verdict = "reached" if bar["passed"] else "MISSED"

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from loguru import logger
 
 from sinkprune_plugin.devices import choose_device
 from sinkprune_plugin.diffusion import resolve_diffusion
-from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.errors import UsageError, short
 from sinkprune_plugin.info import inspect_checkpoint
-from sinkprune_plugin.loading import default_sequence_length, load_model, load_tokenizer
+from sinkprune_plugin.inputs import Inputs, check_checkpoint, load_inputs
+from sinkprune_plugin.loading import load_config, load_model, load_tokenizer
 from sinkprune_plugin.outputs import check_output, new_directory
 from sinkprune_plugin.provenance import write_provenance
+from sinkprune_plugin.recipe_files import RECIPE_FILE, read_recipe
 from sinkprune_plugin.sinks import sink_report
 from sinkprune_plugin.sinks.observe import SinkSettings
-from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
 from sinkprune_plugin.verification.bars import Bars, check_bars
 from sinkprune_plugin.verification.compatibility import (
     check_derived,
@@ -90,15 +92,26 @@ def verify(
     if options.backend == "vllm":
         prepare()
     check_output(output, overwrite=overwrite)
-    infos = [inspect_checkpoint(path) for path in (dense, pruned)]
+    # What can be checked comes first: inspecting reads all weights, and loading and measuring take longest.
+    inputs = _inputs(dense, options, options.seq_len, QUICK_WINDOWS if options.quick else WINDOWS)
+    tokenizer, windows = inputs.tokenizer, inputs.windows
+    check_checkpoint(pruned)
     check_derived(dense, pruned)
-    tokenizers = [load_tokenizer(path) for path in (dense, pruned)]
-    check_tokenizers(*tokenizers)
-    tokenizer = tokenizers[0]
+    spec = resolve_diffusion(inputs.config, tokenizer)
+    other = resolve_diffusion(load_config(pruned), tokenizer)
+    check_tokenizers(tokenizer, load_tokenizer(pruned))
+    if spec != other:
+        raise UsageError(
+            f"{dense} has mask token {spec.mask_token_id} of {spec.vocab_size} ({spec.name}) and {pruned} has "
+            f"{other.mask_token_id} of {other.vocab_size} ({other.name}); compare a model with one pruned from it"
+        )
+    ar_inputs = None
+    if options.ar_model is not None:
+        ar_inputs = _inputs(options.ar_model, options, windows.shape[1], 2)
+    recipe = _recipe(pruned)
+    infos = [inspect_checkpoint(path) for path in (dense, pruned)]
     dtype: Any = "auto" if options.dtype is None else getattr(torch, options.dtype)
     models = [load_model(path, dtype, device) for path in (dense, pruned)]
-    spec = resolve_diffusion(models[0].config, tokenizer)
-    windows = _windows(models[0], tokenizer, options)
 
     with new_directory(output, overwrite=overwrite) as directory:
         settings = SinkSettings(seed=options.seed)
@@ -114,8 +127,15 @@ def verify(
                 model_name=f"{_name(dense if name == 'dense' else pruned)} ({name})",
                 batch_size=options.batch_size,
             )
-        if options.ar_model is not None:
-            sinks["autoregressive"] = _ar_sinks(options, windows, directory, settings, device)
+        if options.ar_model is not None and ar_inputs is not None:
+            sinks["autoregressive"] = sink_report(
+                load_model(options.ar_model, device=device),
+                ar_inputs.tokenizer,
+                ar_inputs.windows,
+                directory / "sinks-ar",
+                settings=settings,
+                batch_size=options.batch_size,
+            )
         quality = compare_perplexity(
             models[0],
             models[1],
@@ -166,29 +186,23 @@ def verify(
             quick=options.quick,
             dtype=options.dtype or "each checkpoint's own",
             device=str(device),
-            recipe=_recipe(pruned),
+            recipe=recipe,
         )
         write_report(directory, content)
     written: dict[str, Any] = json.loads((output / JSON_FILE).read_text(encoding="utf-8"))
     return written
 
 
-def _windows(model: Any, tokenizer: Any, options: VerifyOptions) -> torch.Tensor:
-    length = options.seq_len or default_sequence_length(model.config, LONGEST_WINDOW)
-    source = options.dataset if options.dataset is not None else embedded_text("test")
-    count = QUICK_WINDOWS if options.quick else WINDOWS
-    return token_windows(read_documents(source), tokenizer, length, count, seed=options.seed)
-
-
-def _ar_sinks(
-    options: VerifyOptions, windows: torch.Tensor, directory: Path, settings: SinkSettings, device: torch.device
-) -> Any:
-    assert options.ar_model is not None
-    tokenizer = load_tokenizer(options.ar_model)
-    source = options.dataset if options.dataset is not None else embedded_text("test")
-    own = token_windows(read_documents(source), tokenizer, windows.shape[1], 2, seed=options.seed)
-    model = load_model(options.ar_model, device=device)
-    return sink_report(model, tokenizer, own, directory / "sinks-ar", settings=settings, batch_size=options.batch_size)
+def _inputs(model_name: str | Path, options: VerifyOptions, seq_len: int | None, count: int) -> Inputs:
+    return load_inputs(
+        model_name,
+        dataset=options.dataset,
+        default="test",
+        seq_len=seq_len,
+        longest=LONGEST_WINDOW,
+        count=count,
+        seed=options.seed,
+    )
 
 
 def _speed(
@@ -251,9 +265,16 @@ def _sink_summary(report: Any) -> dict[str, Any]:
 
 
 def _name(path: Path) -> str:
-    return path.resolve().name
+    return short(path.resolve().name)
 
 
 def _recipe(pruned: Path) -> str | None:
-    file = pruned / "recipe.yaml"
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+    """The recipe that made the pruned model: put on record where there is one, and never needed."""
+    file = pruned / RECIPE_FILE
+    if not file.is_file():
+        return None
+    try:
+        return read_recipe(file)[0]
+    except UsageError as error:
+        logger.warning(f"{error}; it is left out of the report")
+        return None

@@ -6,6 +6,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models import register_imported
+from sinkprune_plugin.models.number_checks import check_numbers
 
 __all__ = ["DreamConfig"]
 
@@ -85,6 +86,19 @@ class DreamConfig(PreTrainedConfig):
 
         :raises UsageError: naming the option
         """
+        check_numbers(
+            self,
+            sizes=(
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "max_position_embeddings",
+            ),
+            optional=("num_key_value_heads",),
+            positive=("rope_theta", "rms_norm_eps"),
+        )
         scaling = self.rope_scaling or {}
         if scaling.get("rope_type", scaling.get("type", "default")) != "default":
             raise UsageError(

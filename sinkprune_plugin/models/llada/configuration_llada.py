@@ -6,6 +6,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models import register_imported
+from sinkprune_plugin.models.number_checks import check_numbers
 
 __all__ = ["LLaDAConfig", "MMaDAConfig"]
 
@@ -160,6 +161,12 @@ class LLaDAConfig(PreTrainedConfig):
 
         :raises UsageError: naming the option
         """
+        check_numbers(
+            self,
+            sizes=("vocab_size", "d_model", "n_layers", "n_heads", "max_sequence_length", "mlp_ratio"),
+            optional=("embedding_size", "n_kv_heads", "mlp_hidden_size"),
+            positive=("rope_theta", "rms_norm_eps"),
+        )
         for option, values in _SUPPORTED.items():
             value = getattr(self, option, values[0])
             if value not in values:

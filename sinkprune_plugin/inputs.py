@@ -1,0 +1,133 @@
+"""What a command works on: a checkpoint, its tokenizer and windows of text, checked before anything takes long."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.formats import load_sparse_checkpoint
+from sinkprune_plugin.formats.shard_reader import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, read_json
+from sinkprune_plugin.loading import default_sequence_length, load_config, load_tokenizer, maximum_length
+from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Inputs", "check_checkpoint", "load_inputs", "text_windows"]
+
+# Those that transformers reads; each holds a mapping.
+_JSON_FILES = (
+    CONFIG_NAME,
+    "generation_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of a model before its weights are loaded.
+
+    :param config: its configuration
+    :param tokenizer: its tokenizer
+    :param windows: (N, T) int64 token ids of text
+    :param weight_bytes: size of its weights, as many as there are when they are dense; 0 where that isn't known
+    """
+
+    config: Any
+    tokenizer: "PreTrainedTokenizerBase"
+    windows: torch.Tensor
+    weight_bytes: int
+
+
+def load_inputs(
+    model_name: str | Path,
+    *,
+    dataset: str | None,
+    default: Literal["calibration", "test"],
+    seq_len: int | None,
+    longest: int,
+    count: int,
+    seed: int,
+) -> Inputs:
+    """Check a model's files and make windows of text for it. No weight is read.
+
+    :param model_name: directory or hub name
+    :param dataset: text file, JSON-lines file or saved dataset
+    :param default: embedded text to take in its place where it is None
+    :param seq_len: tokens in a window; None takes the model's maximum
+    :param longest: upper bound of that
+    :param count: number of windows
+    :param seed: seed of their choice
+    :return: what the command needs beside the weights
+    :raises UsageError: if a file is damaged, or model, tokenizer and text don't fit together
+    """
+    weight_bytes = check_checkpoint(model_name)
+    config = load_config(model_name)
+    tokenizer = load_tokenizer(model_name)
+    length = seq_len if seq_len is not None else default_sequence_length(config, longest)
+    windows = text_windows(config, tokenizer, dataset, default, length, count, seed)
+    return Inputs(config, tokenizer, windows, weight_bytes)
+
+
+def check_checkpoint(name: str | Path) -> int:
+    """Check what can be seen without reading a weight: the JSON files, and the headers of all shards.
+
+    :param name: checkpoint directory; a hub name is left to transformers
+    :return: size of its weights when dense, in bytes; 0 for a hub name and for weights that aren't safetensors
+    :raises UsageError: naming the file that is damaged or missing
+    """
+    directory = Path(name)
+    if directory.is_file():
+        raise UsageError(f"{name} is a file; name the directory of a checkpoint")
+    if not directory.is_dir():
+        return 0
+    if not (directory / CONFIG_NAME).is_file():
+        raise UsageError(f"{name} has no {CONFIG_NAME}; name the directory of a checkpoint")
+    for file in _JSON_FILES:
+        if (directory / file).is_file():
+            read_json(directory / file)
+    if not any((directory / file).is_file() for file in (SINGLE_NAME, INDEX_NAME)):
+        return 0
+    reader = load_sparse_checkpoint(directory)
+    return sum(reader.spec(tensor).nbytes for tensor in reader)
+
+
+def text_windows(
+    config: Any,
+    tokenizer: Any,
+    dataset: str | None,
+    default: Literal["calibration", "test"],
+    length: int,
+    count: int,
+    seed: int,
+) -> torch.Tensor:
+    """Make windows of text that a model can be given.
+
+    :param config: its configuration
+    :param tokenizer: its tokenizer
+    :param dataset: text file, JSON-lines file or saved dataset
+    :param default: embedded text to take in its place where it is None
+    :param length: tokens in a window
+    :param count: number of windows
+    :param seed: seed of their choice
+    :return: (``count``, ``length``) int64
+    :raises UsageError: if the text can't be read, is too short, or gives tokens that the model doesn't have
+    """
+    limit = maximum_length(config)
+    if limit is not None and length > limit:
+        raise UsageError(f"--seq-len {length} is longer than the model's {limit}; use at most {limit}")
+    source = dataset if dataset is not None else embedded_text(default)
+    windows = token_windows(read_documents(source), tokenizer, length, count, seed=seed)
+    # LLaDA's embedding table may be longer than its vocabulary.
+    sizes = [getattr(config, key, None) for key in ("vocab_size", "embedding_size")]
+    rows = max((size for size in sizes if isinstance(size, int)), default=None)
+    if rows is not None and int(windows.max()) >= rows:
+        raise UsageError(
+            f"the tokenizer gives token {int(windows.max())} and the model has {rows}; use the model's own tokenizer"
+        )
+    return windows
