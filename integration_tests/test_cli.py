@@ -93,7 +93,7 @@ def test_prune_refuses(tmp_path, recipe, pruned):
     out = tmp_path / "out"
     quick = ("--num-samples", 2, "--seq-len", 64, "--output", out)
     fails("recipe no-such.yaml doesn't exist", "prune", EMBEDDED_MODEL, "--recipe", "no-such.yaml", *quick, output=out)
-    fails("can't load the tokenizer", "prune", tmp_path / "nothing", "--recipe", recipe, *quick, output=out)
+    fails("nothing doesn't exist", "prune", tmp_path / "nothing", "--recipe", recipe, *quick, output=out)
     fails("entries; choose another directory or pass --overwrite", "prune", EMBEDDED_MODEL, "--recipe", recipe,
           "--output", pruned)  # fmt: skip
     fails("at least 8", "prune", EMBEDDED_MODEL, "--recipe", recipe, "--seq-len", 4, "--output", out, output=out)

@@ -85,6 +85,9 @@ def check_checkpoint(name: str | Path) -> int:
     if directory.is_file():
         raise UsageError(f"{name} is a file; name the directory of a checkpoint")
     if not directory.is_dir():
+        # A hub's names are "name" or "owner/name".
+        if directory.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+            raise UsageError(f"{name} doesn't exist; name the directory of a checkpoint, or a model on the hub")
         return 0
     if not (directory / CONFIG_NAME).is_file():
         raise UsageError(f"{name} has no {CONFIG_NAME}; name the directory of a checkpoint")
