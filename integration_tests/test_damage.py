@@ -286,6 +286,26 @@ def test_a_damaged_recipe_beside_the_pruned_model_is_left_out_of_the_report(mode
     assert json.loads((sinkprune.output / "report.json").read_text())["provenance"]["settings"]["recipe"] is None
 
 
+@pytest.mark.parametrize("command", ["sinks", "verify"])
+def test_names_are_shown_as_they_are(command, model, sinkprune):
+    """Neither markup nor a formula nor an escape sequence, in tables, pictures and pages; and no UTF-8 in a path."""
+    name = "[b]x[/x] $_$ :smile: \x1b[31m"
+    sinkprune.output = sinkprune.folder / "out[/y] $^$ \udcff"
+    code, out, err = sinkprune.run(command, model.rename(sinkprune.folder / name))
+    assert code == 0, err
+    shown = name.replace("\x1b", "?")
+    assert shown in " ".join(out.split())
+    if command == "verify":
+        assert f"{sinkprune.folder}/out[/y] $^$ \\udcff" in out
+        assert shown in (sinkprune.output / "report.html").read_text(encoding="utf-8")
+
+
+def test_names_in_errors_are_shown_as_they_are(model, sinkprune):
+    source = sinkprune.folder / "[b]x[/x] $_$.jsonl"
+    source.write_bytes(b"{")
+    sinkprune.refuses("[b]x[/x] $_$.jsonl line 1 is not JSON", "sinks", model, "--dataset", source)
+
+
 def test_what_cannot_be_saved_is_not_pruned(tmp_path, sinkprune):
     """transformers loads a temperature without sampling and refuses to save it."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -188,11 +188,13 @@ def test_saving_again_replaces_the_weights_of_another_format(model, tokenizer, w
     """A directory that held shards must not be left with two sets of weights."""
     model.save_pretrained(str(tmp_path), max_shard_size="2MB")
     (tmp_path / "notes.txt").write_text("keep me")
+    (tmp_path / "model_of_mine.safetensors").write_text("keep me")
     assert (tmp_path / "model.safetensors.index.json").exists()
     run_oneshot(model, tokenizer, wanda(), windows)
     model.save_pretrained(str(tmp_path))
     assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
     assert (tmp_path / "notes.txt").read_text() == "keep me"
+    assert (tmp_path / "model_of_mine.safetensors").read_text() == "keep me"
     same_state(model, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
 
 

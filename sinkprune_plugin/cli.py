@@ -1,5 +1,6 @@
 """The `sinkprune` command. Exit codes: 0 good, 1 a check failed, 2 wrong use; errors are one line on stderr."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -256,6 +257,10 @@ def _one_line(error: UsageError | ValidationError) -> str:
 def main() -> None:
     """Run the command line."""
     debug = "--debug" in sys.argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that isn't text, or a terminal without Unicode, is no reason to lose a result.
+            stream.reconfigure(errors="backslashreplace")
     try:
         # Without its standalone mode click returns the code of an Exit in place of exiting.
         sys.exit(app(standalone_mode=False))

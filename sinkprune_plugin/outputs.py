@@ -9,11 +9,14 @@ is then kept under another name.
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.termination import removed_on_termination, uninterrupted
@@ -84,9 +87,10 @@ def scratch_directory(path: Path) -> Iterator[Path]:
                 # mkdir and not mkdtemp, whose directories are private: permissions as of anything new in this place.
                 scratch.mkdir(parents=True)
             yield scratch
-        except OSError as error:
-            if error.errno in _DISK_FULL:
-                raise UsageError(f"output {path} can't be written: {error.strerror}; free some space") from error
+        except (OSError, SafetensorError) as error:
+            number = _system_error(error)
+            if number in _DISK_FULL:
+                raise UsageError(f"output {path} can't be written: {os.strerror(number)}; free some space") from error
             raise
         finally:
             with uninterrupted():
@@ -115,6 +119,7 @@ def new_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
         new = scratch / "new"
         new.mkdir()
         yield new
+        _open_up(new)
         with uninterrupted(), _kept_on_failure(path, scratch):
             if scratch.parent != target:
                 try:
@@ -149,6 +154,7 @@ def updated_directory(path: Path, *, stale: Sequence[str] = ()) -> Iterator[Path
         new = scratch / "new"
         new.mkdir()
         yield new
+        _open_up(new)
         with uninterrupted(), _kept_on_failure(path, scratch):
             if not target.exists():
                 new.rename(target)
@@ -164,6 +170,17 @@ def updated_directory(path: Path, *, stale: Sequence[str] = ()) -> Iterator[Path
                 if file.parent == target and before.get(file) != state:
                     raise _ChangedMeanwhileError
             _move_in(target, scratch, outgoing=outgoing, incoming=incoming)
+
+
+def _open_up(new: Path) -> None:
+    """Give files the permissions of anything new in this place: safetensors' own are for their owner alone."""
+    sample = new.with_name("sample")
+    sample.touch()
+    usual = stat.S_IMODE(sample.stat().st_mode)
+    for file in _below(new):
+        mode = file.lstat().st_mode
+        if stat.S_ISREG(mode) and mode | usual != mode:
+            file.chmod(stat.S_IMODE(mode) | usual)
 
 
 def _move_in(target: Path, scratch: Path, *, outgoing: Iterable[Path], incoming: Iterable[Path]) -> None:
@@ -217,11 +234,24 @@ def _in_one_line(path: Path) -> Iterator[None]:
         raise UsageError(f"output {path} can't be written: {error.strerror}; choose another place") from error
 
 
+def _system_error(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    # safetensors' errors have the system's number only in their text.
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
 def _resolved(path: Path) -> Path:
+    loop = UsageError(f"output {path} is a link that leads to itself; choose another place")
     try:
-        return path.resolve()
+        target = path.resolve()
     except RuntimeError as error:
-        raise UsageError(f"output {path} is a link that leads to itself; choose another place") from error
+        raise loop from error
+    if target.is_symlink():
+        # How Python tells it from 3.13 on.
+        raise loop
+    return target
 
 
 def _entries(directory: Path) -> Iterator[Path]:

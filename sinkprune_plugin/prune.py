@@ -8,7 +8,7 @@ from sinkprune_plugin.errors import UsageError, reason_of, short
 from sinkprune_plugin.inputs import load_inputs
 from sinkprune_plugin.loading import load_model
 from sinkprune_plugin.modifiers import load_oneshot_flow
-from sinkprune_plugin.outputs import check_output, new_directory, scratch_directory
+from sinkprune_plugin.outputs import check_output, new_directory
 from sinkprune_plugin.provenance import write_provenance
 from sinkprune_plugin.recipe_files import RECIPE_FILE, read_recipe
 from sinkprune_plugin.steps import quiet_steps
@@ -57,8 +57,8 @@ def prune(
         # llm-compressor adds to it where it saves.
         read_recipe(earlier)
     place = choose_device(device)
-    check_output(output, overwrite=overwrite)
-    with quiet_steps(verbose=verbose) as steps:
+    # Around all of the work: a result that finds its place taken meanwhile is kept beside it.
+    with quiet_steps(verbose=verbose) as steps, new_directory(output, overwrite=overwrite) as directory:
         with steps.step(f"loading {model_name}"):
             inputs = load_inputs(
                 model_name,
@@ -76,14 +76,14 @@ def prune(
                 flow.check_recipe(recipe, content)
             tokenizer, windows = inputs.tokenizer, inputs.windows
             model = load_model(model_name)
-            _check_saving(model, tokenizer, output)
+            _check_saving(model, tokenizer, directory)
         with flow.log_to(steps):
             count, length = windows.shape
             with steps.step(f"pruning with {recipe.name} ({count} × {length} tokens, {place})"):
                 # "auto" is what llm-compressor does by itself, and it knows its rank among several processes.
                 onload = None if device == "auto" else place
                 flow.run_oneshot(model, tokenizer, recipe, windows, device=onload, batch_size=batch_size)
-            with steps.step(f"writing {output}"), new_directory(output, overwrite=overwrite) as directory:
+            with steps.step(f"writing {output}"):
                 model.save_pretrained(str(directory))
                 tokenizer.save_pretrained(str(directory))
                 write_provenance(
@@ -98,15 +98,17 @@ def prune(
     return output
 
 
-def _check_saving(model: Any, tokenizer: Any, output: Path) -> None:
-    """Save everything but the weights: what transformers loads, it may refuse to save, and then all work is lost."""
-    with scratch_directory(output) as scratch:
-        try:
-            model.save_pretrained(scratch, state_dict={})
-            tokenizer.save_pretrained(scratch)
-        except OSError:
-            raise
-        except Exception as error:
-            # Of any type: values of a wrong type show wherever they are used.
-            reason = short(reason_of(error), 300)
-            raise UsageError(f"a model pruned from this one couldn't be saved: {reason}; correct its files") from error
+def _check_saving(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Save everything but the weights: what transformers loads it may refuse to save, and then all work is lost."""
+    dtype = model.config.dtype
+    try:
+        model.save_pretrained(directory, state_dict={})
+        # Which saving turned into its name.
+        model.config.dtype = dtype
+        tokenizer.save_pretrained(directory)
+    except OSError:
+        raise
+    except Exception as error:
+        # Of any type: values of a wrong type show wherever they are used.
+        reason = short(reason_of(error), 300)
+        raise UsageError(f"a model pruned from this one couldn't be saved: {reason}; correct its files") from error

@@ -153,25 +153,44 @@ def test_a_directory_that_exists_is_filled_and_stays_itself(tmp_path):
     assert stat.S_IMODE(target.stat().st_mode) == 0o750
 
 
-@pytest.mark.skipif(
-    subprocess.run(["unshare", "--mount", "--map-root-user", "true"], capture_output=True).returncode != 0,
-    reason="no permission to mount here",
-)
+def run_mounted(options, place, script):
+    """Run a script on a small disk of its own, mounted for that process alone."""
+    if subprocess.run(["unshare", "--mount", "--map-root-user", "true"], capture_output=True).returncode != 0:
+        pytest.skip("no permission to mount here")
+    mounted = f'mount -t tmpfs {options} none "{place}" && exec "{sys.executable}" -c "$1" "{place}"'
+    head = "import sys; from pathlib import Path; from sinkprune_plugin.outputs import *\nplace = Path(sys.argv[1])\n"
+    return subprocess.run(
+        ["unshare", "--mount", "--map-root-user", "sh", "-c", mounted, "sh", head + script],
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_a_mount_point_is_filled(tmp_path):
-    (tmp_path / "out").mkdir()
     script = (
-        "import sys; from pathlib import Path; from sinkprune_plugin.outputs import *\n"
         "for name in ('a', 'b'):\n"
-        "    with new_directory(Path(sys.argv[1]), overwrite=True) as directory:\n"
+        "    with new_directory(place, overwrite=True) as directory:\n"
         "        (directory / name).write_text(name)\n"
-        "print(*(file.name for file in Path(sys.argv[1]).iterdir()))"
+        "print(*(file.name for file in place.iterdir()))"
     )
-    mounted = f'mount -t tmpfs none "{tmp_path}/out" && exec "{sys.executable}" -c "$1" "{tmp_path}/out"'
-    done = subprocess.run(
-        ["unshare", "--mount", "--map-root-user", "sh", "-c", mounted, "sh", script], capture_output=True, text=True
-    )
+    done = run_mounted("", tmp_path, script)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["b"]
+
+
+def test_weights_that_fill_the_disk_are_one_line(tmp_path):
+    """safetensors' own error says it differently."""
+    script = (
+        "import torch; from safetensors.torch import save_file; from sinkprune_plugin.errors import UsageError\n"
+        "try:\n"
+        "    with new_directory(place / 'out', overwrite=True) as directory:\n"
+        "        save_file({'x': torch.zeros(200_000)}, directory / 'x.safetensors')\n"
+        "except UsageError as error:\n"
+        "    print(error, list(place.iterdir()))"
+    )
+    done = run_mounted("-o size=100k", tmp_path, script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("No space left on device; free some space []")
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -260,14 +279,23 @@ def test_old_files_come_back_when_the_new_ones_cannot_be_moved_in(tmp_path):
 
 
 def test_permissions_are_those_of_anything_new_in_the_place(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o2775)
     before = os.umask(0o027)
     try:
         write(shared / "out", a="1")
+        with updated_directory(shared / "out") as directory:
+            # For their owner alone, by itself.
+            save_file({"x": torch.zeros(1)}, directory / "x.safetensors")
+            (directory / "script").touch(mode=0o700)
     finally:
         os.umask(before)
+    assert stat.S_IMODE((shared / "out" / "x.safetensors").stat().st_mode) == 0o640
+    assert stat.S_IMODE((shared / "out" / "script").stat().st_mode) == 0o740
     assert stat.S_IMODE((shared / "out").stat().st_mode) == 0o2750
     assert stat.S_IMODE((shared / "out" / "a").stat().st_mode) == 0o640
 

@@ -112,6 +112,17 @@ def test_bars_refuse(bars, message):
         bars.check()
 
 
+def test_names_of_module_types_are_no_formulas(tmp_path):
+    from matplotlib.figure import Figure
+
+    from sinkprune_plugin.verification.plots import _sparsity
+
+    figure = Figure()
+    name = "a$_$b"
+    _sparsity(figure.subplots(), {"sparsity": {"by_type": {name: {}}, "by_block": {"0": {name: {"sparsity": 0.5}}}}})
+    figure.savefig(tmp_path / "sparsity.png")
+
+
 class FakeClock:
     """A sampler whose time is what it is told; only the clock is not real."""
 

@@ -14,7 +14,7 @@ from sinkprune_plugin.outputs import check_output, scratch_directory, updated_di
 __all__ = ["choose_save_format"]
 
 # Files of an earlier save that would contradict the new weights.
-STALE = ("model*.safetensors", "model.safetensors.index.json")
+STALE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 
 
 class _SaveFormat:
