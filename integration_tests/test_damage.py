@@ -289,7 +289,8 @@ def test_a_damaged_recipe_beside_the_pruned_model_is_left_out_of_the_report(mode
 @pytest.mark.parametrize("command", ["sinks", "verify"])
 def test_names_are_shown_as_they_are(command, model, sinkprune):
     """Neither markup nor a formula nor an escape sequence, in tables, pictures and pages; and no UTF-8 in a path."""
-    name = "[b]x[/x] $_$ :smile: \x1b[31m"
+    name = "[b]x $_$ :smile: \x1b[31m"
+    # A closing tag in a path: two directories.
     sinkprune.output = sinkprune.folder / "out[/y] $^$ \udcff"
     code, out, err = sinkprune.run(command, model.rename(sinkprune.folder / name))
     assert code == 0, err
@@ -301,9 +302,10 @@ def test_names_are_shown_as_they_are(command, model, sinkprune):
 
 
 def test_names_in_errors_are_shown_as_they_are(model, sinkprune):
-    source = sinkprune.folder / "[b]x[/x] $_$.jsonl"
+    source = sinkprune.folder / "[b]x[/b] $_$.jsonl"
+    source.parent.mkdir()
     source.write_bytes(b"{")
-    sinkprune.refuses("[b]x[/x] $_$.jsonl line 1 is not JSON", "sinks", model, "--dataset", source)
+    sinkprune.refuses("[b]x[/b] $_$.jsonl line 1 is not JSON", "sinks", model, "--dataset", source)
 
 
 def test_what_cannot_be_saved_is_not_pruned(tmp_path, sinkprune):
