@@ -4,17 +4,15 @@ The commands run in this process, on copies of the embedded model. Nothing is lo
 """
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from loguru import logger
+from command_line import run_here, run_process
 from safetensors.torch import load_file, save_file
 
-from sinkprune_plugin.cli import main
 from sinkprune_plugin.loading import EMBEDDED_MODEL
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,52 +31,39 @@ prune_stage:
 
 
 class Sinkprune:
-    """The command line in this process."""
+    """The commands, with few and short windows, and where they write."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder, self.output = folder, folder / "output"
         self.recipe = folder / "recipe.yaml"
         self.recipe.write_text(QUICK_RECIPE)
-        self._monkeypatch, self._capsys = monkeypatch, capsys
 
-    def run(self, command: str, model: Path, *more: Any) -> tuple[int, str, str]:
-        """Run a command on a model, as the pruned one for verify.
-
-        :return: exit status, stdout, stderr
-        """
+    def run(self, command: str, model: Path, *more: Any) -> Any:
+        """Run a command on a model, as the pruned one for verify."""
         first = {
             "sinks": [model, "--num-samples", 1],
             "prune": [model, "--recipe", self.recipe, "--num-samples", 1],
             "verify": [EMBEDDED_MODEL, model, "--quick"],
         }[command]
-        words = ["sinkprune", command, *first, "--seq-len", 16, "--output", self.output, *more]
-        self._monkeypatch.setattr(sys, "argv", list(map(str, words)))
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = self._capsys.readouterr()
-        return caught.value.code or 0, out, err
+        return run_here(command, *first, "--seq-len", 16, "--output", self.output, *more)
 
     def refuses(self, message: str, command: str, model: Path, *more: Any) -> None:
         before = set(self.folder.rglob("*"))
-        code, _, err = self.run(command, model, *more)
-        last = err.strip().splitlines()[-1]
-        assert code == 2, err
-        assert last.startswith("sinkprune: "), err
+        done = self.run(command, model, *more)
+        assert done.returncode == 2, done.stderr
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("sinkprune: "), done.stderr
         assert message in last
         assert len(last) < 700
-        assert "Traceback" not in err
+        assert "Traceback" not in done.stderr
         assert set(self.folder.rglob("*")) == before
 
 
 @pytest.fixture
-def sinkprune(tmp_path, monkeypatch, capsys):
-    # Libraries log to the stderr of the test in which they were imported, which is closed by the next one.
+def sinkprune(tmp_path, monkeypatch):
+    # Libraries log to the stderr of the test in which they were imported.
     monkeypatch.setattr("logging.raiseExceptions", False)
-    logger.remove()
-    logger.add(sys.stderr)
-    yield Sinkprune(tmp_path, monkeypatch, capsys)
-    logger.remove()
-    logger.add(sys.__stderr__)
+    return Sinkprune(tmp_path)
 
 
 @pytest.fixture
@@ -280,25 +265,31 @@ def test_a_damaged_recipe_beside_the_model_is_refused_before_pruning(model, sink
 
 def test_a_damaged_recipe_beside_the_pruned_model_is_left_out_of_the_report(model, sinkprune):
     (model / "recipe.yaml").write_bytes(b"a: \xff\n")
-    code, _, err = sinkprune.run("verify", model)
-    assert code == 0
-    assert "recipe.yaml is not UTF-8 text (byte 3); convert it; it is left out of the report" in err
+    done = sinkprune.run("verify", model)
+    assert done.returncode == 0
+    assert "recipe.yaml is not UTF-8 text (byte 3); convert it; it is left out of the report" in done.stderr
     assert json.loads((sinkprune.output / "report.json").read_text())["provenance"]["settings"]["recipe"] is None
 
 
 @pytest.mark.parametrize("command", ["sinks", "verify"])
 def test_names_are_shown_as_they_are(command, model, sinkprune):
-    """Neither markup nor a formula nor an escape sequence, in tables, pictures and pages; and no UTF-8 in a path."""
+    """Neither markup nor a formula nor an escape sequence, in tables, pictures and pages."""
     name = "[b]x $_$ :smile: \x1b[31m"
     # A closing tag in a path: two directories.
-    sinkprune.output = sinkprune.folder / "out[/y] $^$ \udcff"
-    code, out, err = sinkprune.run(command, model.rename(sinkprune.folder / name))
-    assert code == 0, err
+    sinkprune.output = sinkprune.folder / "out[/y] $^$"
+    done = sinkprune.run(command, model.rename(sinkprune.folder / name))
+    assert done.returncode == 0, done.stderr
     shown = name.replace("\x1b", "?")
-    assert shown in " ".join(out.split())
+    assert shown in " ".join(done.stdout.split())
     if command == "verify":
-        assert f"{sinkprune.folder}/out[/y] $^$ \\udcff" in out
+        assert str(sinkprune.output) in done.stdout
         assert shown in (sinkprune.output / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_path_that_is_no_text_is_printed_all_the_same(tmp_path):
+    done = run_process("convert", EMBEDDED_MODEL, "--to", "dense", "--output", tmp_path / "out\udcff")
+    assert done.returncode == 0, done.stderr
+    assert "out\\udcff" in done.stdout
 
 
 def test_names_in_errors_are_shown_as_they_are(model, sinkprune):

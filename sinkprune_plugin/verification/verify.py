@@ -1,13 +1,13 @@
 """`sinkprune verify`: measure a dense and a pruned model side by side, and write a report of it."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from loguru import logger
 
 from sinkprune_plugin.devices import choose_device
 from sinkprune_plugin.diffusion import resolve_diffusion
@@ -276,5 +276,5 @@ def _recipe(pruned: Path) -> str | None:
     try:
         return read_recipe(file)[0]
     except UsageError as error:
-        logger.warning(f"{error}; it is left out of the report")
+        warnings.warn(f"{error}; it is left out of the report", stacklevel=2)
         return None
