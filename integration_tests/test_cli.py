@@ -125,7 +125,7 @@ def test_a_model_with_nan_is_refused_and_nothing_is_written(tmp_path, recipe):
 def test_info_refuses(tmp_path):
     fails("has no config.json", "info", tmp_path)
     (tmp_path / "config.json").write_text("{")
-    fails("is not JSON", "info", tmp_path)
+    fails("isn't readable JSON", "info", tmp_path)
     (tmp_path / "config.json").write_text("{}")
     fails("no *.safetensors", "info", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)

@@ -231,6 +231,15 @@ def test_places_that_cannot_be_written_are_one_line_before_anything_is_loaded(co
 
 
 @pytest.mark.parametrize("command", ["sinks", "prune", "verify"])
+def test_names_that_are_too_long_are_one_line(command, model, sinkprune, nothing_runs):
+    long = sinkprune.folder / ("n" * 300)
+    sinkprune.refuses("File name too long", command, long)
+    sinkprune.refuses("File name too long", command, model, "--dataset", long)
+    sinkprune.output = long
+    sinkprune.refuses("File name too long", command, model)
+
+
+@pytest.mark.parametrize("command", ["sinks", "prune", "verify"])
 @pytest.mark.parametrize(("length", "message"), [(0, "at least 8 tokens"), (257, "longer than the model's 256")])
 def test_windows_that_do_not_fit_are_one_line(command, length, message, model, sinkprune, nothing_runs):
     sinkprune.refuses(message, command, model, "--seq-len", length)
@@ -310,6 +319,11 @@ def test_what_cannot_be_saved_is_not_pruned(tmp_path, sinkprune):
     edit(tmp_path / "model" / "generation_config.json", temperature=0.5)
     sinkprune.recipe.write_text(QUICK_RECIPE.replace("SinkAwareWandaModifier", "WandaPruningModifier").split("diff")[0])
     sinkprune.refuses("couldn't be saved: GenerationConfig is invalid", "prune", tmp_path / "model")
+
+
+def test_what_llm_compressor_refuses_is_one_line(model, sinkprune):
+    edit(model / "config.json", quantization_config={"quant_method": "nosuch"})
+    sinkprune.refuses("oneshot does not currently support models that are already quantized", "prune", model)
 
 
 def test_missing_and_other_weights_are_refused(model, sinkprune):

@@ -10,7 +10,7 @@ import typer
 from pydantic import ValidationError
 
 from sinkprune_plugin import __version__
-from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.errors import UsageError, short
 
 __all__ = ["app", "main"]
 
@@ -268,6 +268,12 @@ def main() -> None:
         if debug:
             raise
         sys.stderr.write(f"sinkprune: {_one_line(error)}\n")
+        sys.exit(2)
+    except OSError as error:
+        # A name that is too long, no permission, a disk that fails.
+        if debug:
+            raise
+        sys.stderr.write(f"sinkprune: {short(error.filename or 'the system')}: {error.strerror or error}\n")
         sys.exit(2)
     except _WrongOptions as error:
         # Without a command typer has printed the help already and raises an error that says nothing.

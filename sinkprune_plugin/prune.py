@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from sinkprune_plugin.devices import choose_device
 from sinkprune_plugin.errors import UsageError, reason_of, short
 from sinkprune_plugin.inputs import load_inputs
@@ -52,10 +54,6 @@ def prune(
     :raises UsageError: on wrong input; nothing is written then
     """
     text, content = read_recipe(recipe)
-    earlier = Path(model_name) / RECIPE_FILE
-    if earlier.is_file():
-        # llm-compressor adds to it where it saves.
-        read_recipe(earlier)
     place = choose_device(device)
     # Around all of the work: a result that finds its place taken meanwhile is kept beside it.
     with quiet_steps(verbose=verbose) as steps, new_directory(output, overwrite=overwrite) as directory:
@@ -69,6 +67,10 @@ def prune(
                 count=num_samples,
                 seed=seed,
             )
+            earlier = Path(model_name) / RECIPE_FILE
+            if earlier.is_file():
+                # llm-compressor adds to it where it saves.
+                read_recipe(earlier)
             # A sparse checkpoint is written from a dense one beside it.
             check_output(output, overwrite=overwrite, needed_bytes=2 * inputs.weight_bytes)
             flow = load_oneshot_flow()
@@ -82,7 +84,15 @@ def prune(
             with steps.step(f"pruning with {recipe.name} ({count} × {length} tokens, {place})"):
                 # "auto" is what llm-compressor does by itself, and it knows its rank among several processes.
                 onload = None if device == "auto" else place
-                flow.run_oneshot(model, tokenizer, recipe, windows, device=onload, batch_size=batch_size)
+                try:
+                    flow.run_oneshot(model, tokenizer, recipe, windows, device=onload, batch_size=batch_size)
+                except (UsageError, ValidationError):
+                    raise
+                except ValueError as error:
+                    # How llm-compressor refuses models and recipes.
+                    raise UsageError(
+                        f"llm-compressor can't prune {model_name}: {short(reason_of(error), 400)}"
+                    ) from error
             with steps.step(f"writing {output}"):
                 model.save_pretrained(str(directory))
                 tokenizer.save_pretrained(str(directory))
