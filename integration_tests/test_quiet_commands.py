@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from command_line import SINKPRUNE
+from command_line import run_here, run_process
 from llmcompressor.logger import configure_logger
 from loguru import logger
 
@@ -29,33 +29,32 @@ demo.run_demo(Path(sys.argv[1]))
 """
 
 
-def run(*command, folder):
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, cwd=folder)
+def lines_of(done):
+    """Lines on stdout and on stderr, where a bar redraws its line with carriage returns and each drawing counts."""
     assert done.returncode == 0, done.stderr
-    # A bar redraws its line with carriage returns; each drawing counts.
     return [text.replace("\r", "\n").splitlines() for text in (done.stdout, done.stderr)]
 
 
-def prune(folder, *more):
+def prune(run, folder, *more):
     (folder / "recipe.yaml").write_text(RECIPE)
-    options = ("--recipe", "recipe.yaml", "--num-samples", 2, "--seq-len", 64, "--output", "out", *more)
-    return run(SINKPRUNE, "prune", EMBEDDED_MODEL, *options, folder=folder)
+    options = ("--recipe", folder / "recipe.yaml", "--num-samples", 2, "--seq-len", 64, "--output", folder / "out")
+    return lines_of(run("prune", EMBEDDED_MODEL, *options, *more))
 
 
 def test_prune(tmp_path):
-    stdout, stderr = prune(tmp_path)
-    assert stdout == ["pruned model written to out"]
+    stdout, stderr = prune(run_process, tmp_path)
+    assert stdout == [f"pruned model written to {tmp_path / 'out'}"]
     beginnings = [
         "loading ",
         "pruning with recipe.yaml (2 × 64 tokens, ",
         "SinkAwareWandaModifier: 4 passes",
         "SinkAwareWandaModifier: 42 modules",
-        "writing out",
+        f"writing {tmp_path}",
     ]
     assert len(stderr) == len(beginnings), stderr
     assert all(map(str.startswith, stderr, beginnings)), stderr
-    stdout, verbose = prune(tmp_path, "--overwrite", "--verbose")
-    assert stdout == ["pruned model written to out"]
+    stdout, verbose = prune(run_here, tmp_path, "--overwrite", "--verbose")
+    assert stdout == [f"pruned model written to {tmp_path / 'out'}"]
     assert len(verbose) > 12
     for shown in ("Loading weights", "Compression lifecycle", "Writing model shards"):
         assert any(shown in line for line in verbose), shown
@@ -63,7 +62,8 @@ def test_prune(tmp_path):
 
 
 def test_demo(tmp_path):
-    stdout, stderr = run(sys.executable, "-c", SMALL_DEMO, "out", folder=tmp_path)
+    command = [sys.executable, "-c", SMALL_DEMO, "out"]
+    stdout, stderr = lines_of(subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path))
     methods = ["dense", "wanda", "sparsegpt", "sink-aware-wanda", "sink-aware-sparsegpt"]
     assert [line.split(":")[0] for line in stderr] == [*methods, methods[-1]]
     assert [line.split()[0] for line in stdout[3:8]] == methods
