@@ -1,5 +1,6 @@
 """Damaged checkpoints of every kind: read right or refused in one short line, within little memory and time."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from limited_memory import limited_memory
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import convert_checkpoint, load_sparse_checkpoint, save_sparse_checkpoint
@@ -161,7 +163,11 @@ def damage_configuration(data, folder):
 
 
 def damage_bytes(data, folder):
-    file = data.draw(st.sampled_from(sorted(folder.iterdir())))
+    damage_weights(data, folder, "*")
+
+
+def damage_weights(data, folder, pattern="*.safetensors*"):
+    file = data.draw(st.sampled_from(sorted(folder.glob(pattern))))
     content = bytearray(file.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         if content:
@@ -211,3 +217,48 @@ def _outcome(use):
         assert len(message) < 3000
         return message
     return None
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory):
+    """A Llama of one block in both formats, in one file and in several, without digests: each would tell of damage."""
+    folder = tmp_path_factory.mktemp("llamas")
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 16}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    tensors = {name: tensor.bfloat16() for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    for name, tensor in tensors.items():
+        if ".layers." in name and tensor.ndim == 2:
+            tensors[name] = two_of_four(*tensor.shape)
+    config = config.to_diff_dict() | {"architectures": ["LlamaForCausalLM"]}
+    targets = [name for name, tensor in tensors.items() if ".layers." in name and tensor.ndim == 2]
+    for sparse_format in ("sparse-bitmask", "sparse-24-bitmask"):
+        for size in (500, 10_000):
+            place = folder / f"{sparse_format}-{size}"
+            options = {"config": config, "max_shard_bytes": size, "targets": targets, "format": sparse_format}
+            save_sparse_checkpoint(tensors, place, **options)
+            written = json.loads((place / "config.json").read_text())
+            del written["quantization_config"]["sinkprune_sha256"]
+            (place / "config.json").write_text(json.dumps(written))
+    return sorted(folder.iterdir())
+
+
+@settings(deadline=None, max_examples=80, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_transformers_takes_no_sparse_checkpoint_that_we_refuse(llamas, tmp_path, data):
+    """And gives the same weights where both take it. What it says of files that aren't whole is its own business."""
+    folder = tmp_path / "c"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(data.draw(st.sampled_from(llamas)), folder)
+    data.draw(st.sampled_from([damage_shapes, damage_names, damage_weights]))(data, folder)
+    ours = None
+    with contextlib.suppress(UsageError):
+        ours = dict(load_sparse_checkpoint(folder))
+    try:
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True).state_dict()
+    except Exception:  # noqa: BLE001 - its own business
+        # What a model can't be made of may still be a checkpoint.
+        return
+    assert ours is not None
+    for name, tensor in theirs.items():
+        if name in ours:
+            assert torch.equal(tensor.view(torch.uint8), ours[name].to(tensor.dtype).view(torch.uint8)), name
