@@ -6,13 +6,14 @@ import subprocess
 import pytest
 import torch
 from magnitude import prune_2_of_4
-from vllm_engine import SINKPRUNE, clean_environment, prepare_vllm
+from vllm_engine import SINKPRUNE, clean_environment, skip_without_vllm
 
 from sinkprune_plugin.formats import convert_checkpoint
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 from sinkprune_plugin.vllm.cpu import is_cpu_build
 
-prepare_vllm()
+# Without preparing it: that is what both do themselves.
+skip_without_vllm()
 
 
 @pytest.fixture(scope="module")
