@@ -196,13 +196,13 @@ while True:
 """
 
 
-def start(deaf=False, status=0):
+def start(deaf=False, status=0, before=()):
     code = textwrap.dedent(SERVER).format(deaf=deaf, status=status)
     runner = (
         "import os, sys; from sinkprune_plugin.commands.server_process import run_server\n"
         "sys.exit(run_server([sys.executable, '-c', sys.argv[1]], os.environ))"
     )
-    process = subprocess.Popen([sys.executable, "-c", runner, code], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*before, sys.executable, "-c", runner, code], stdout=subprocess.PIPE, text=True)
     return process, psutil.Process(int(process.stdout.readline()))
 
 
@@ -219,6 +219,15 @@ def test_a_signal_ends_the_server_and_its_processes_and_its_status_is_passed_on(
     process, child = start(status=5)
     process.send_signal(number)
     assert ended(process, child) == 5
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing():
+    process, child = start(before=["nohup"])
+    process.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert ended(process, child) == 0
 
 
 def test_a_deaf_server_is_killed_after_a_few_seconds():

@@ -19,6 +19,8 @@ __all__ = ["cpu_options", "serve"]
 
 # float32 runs on every CPU; compiling takes longer than it gains; a step takes as long as all of its requests.
 _ON_CPU = {"dtype": "float32", "enforce-eager": None, "max-num-seqs": "8"}
+# Triton's bindings list in sixty lines what they leak when the process ends, behind everything that vLLM has to say.
+_QUIET_END = "import atexit, os; atexit.register(os.dup2, os.open(os.devnull, os.O_WRONLY), 2); "
 # The command `vllm`, wherever its script may be.
 _VLLM = "import sys; sys.argv[0] = 'vllm'; from vllm.entrypoints.cli.main import main; main()"
 
@@ -37,13 +39,14 @@ def serve(checkpoint: Path, options: Sequence[str]) -> int:
     diffusion = _check(checkpoint, options)
     require_vllm()
     # -P: a folder called vllm in the current directory is none of the server's business.
-    command = [sys.executable, "-P", "-c", _VLLM, "serve", str(checkpoint)]
+    python = [sys.executable, "-P", "-c"]
     if not is_cpu_build():
-        os.execv(sys.executable, [*command, *options])
+        os.execv(sys.executable, [*python, _VLLM, "serve", str(checkpoint), *options])
     if diffusion:
         sys.stderr.write(f"sinkprune: {SLOW}\n")
     environment = os.environ | server_environment(diffusion=diffusion)
-    return run_server([*command, *cpu_options(options), *options], environment)
+    command = [*python, _QUIET_END + _VLLM, "serve", str(checkpoint), *cpu_options(options), *options]
+    return run_server(command, environment)
 
 
 def cpu_options(given: Sequence[str]) -> list[str]:

@@ -38,8 +38,10 @@ def run_server(command: Sequence[str], environment: Mapping[str, str]) -> int:
             process.terminate()
             signal.alarm(PATIENCE)
 
-    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
-    handlers = {number: signal.signal(number, end) for number in handled}
+    # A signal that is ignored from the start stays so, as with nohup.
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handled = [number for number in ending if signal.getsignal(number) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, end) for number in (*handled, signal.SIGALRM)}
     try:
         # A session of its own: a terminal's Ctrl-C goes to this process alone, which passes it on.
         process = subprocess.Popen(command, env=environment, start_new_session=True)
