@@ -257,7 +257,7 @@ def test_ctrl_c_ends_the_server_within_seconds_although_a_client_waits(process_o
         process.send_signal(signal.SIGINT)
         status = process.wait(60)
         # Five seconds for the server, two for its processes, and a busy machine.
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 30
     assert status in (0, 130)
     _, alive = psutil.wait_procs(processes, timeout=5)
     assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
