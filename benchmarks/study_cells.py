@@ -17,6 +17,8 @@ PATTERNS = {
     "2:4": (0.5, "2:4"),
     "4:8": (0.5, "4:8"),
 }
+# The control for weighted timesteps, in all patterns.
+SUM_OF_SQUARES = "sink-aware Wanda, sum of squares"
 # No position is this many standard deviations above the mean: the soft mask is 0 everywhere.
 NO_MASK = 1e6
 
@@ -82,9 +84,10 @@ def controls() -> dict[str, Maker]:
     """Method → its modifier, for comparisons in which one thing alone changes.
 
     Stock and sink-aware methods differ in more than inputs and mask: stock Wanda propagates, and stock SparseGPT is
-    another implementation.
+    another implementation. Weighted timesteps need sums of squares, where the published statistic sums norms.
     """
     return {
+        SUM_OF_SQUARES: _wanda(norm_aggregation="sum_of_squares"),
         "Wanda, corrupted, no mask, propagated": _wanda(sink_std=NO_MASK, propagate_error=True),
         "Wanda, corrupted, no mask, propagated, 1/t²": _wanda(
             sink_std=NO_MASK, propagate_error=True, timestep_weighting="inverse_square"
@@ -101,7 +104,7 @@ SWEEPS: dict[str, tuple[Any, ...]] = {
 }
 SWEPT = {"sink-aware Wanda": _wanda, "sink-aware SparseGPT": _sparsegpt}
 SWEPT_PATTERNS = ("60 %", "2:4")
-# Of controls.
+# Of the other controls.
 FEWER_PATTERNS = ("60 %", "75 %", "2:4")
 
 
@@ -116,6 +119,10 @@ def cells() -> list[Cell]:
         for value in values
     ]
     control = [
-        Cell("controls", method, pattern, seed) for seed in SEEDS for pattern in FEWER_PATTERNS for method in controls()
+        Cell("controls", method, pattern, seed)
+        for seed in SEEDS
+        for pattern in PATTERNS
+        for method in controls()
+        if method == SUM_OF_SQUARES or pattern in FEWER_PATTERNS
     ]
     return [Cell("grid", "dense", "", 0), *grid, *sweeps, *control]

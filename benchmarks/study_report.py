@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from study_cells import PATTERNS, SWEEPS, SWEPT, SWEPT_PATTERNS, cells, methods
+from study_cells import PATTERNS, SUM_OF_SQUARES, SWEEPS, SWEPT, SWEPT_PATTERNS, cells, methods
 from study_statistics import Difference, Windows, paired_difference, perplexity
 
 from sinkprune_plugin.errors import UsageError
@@ -29,8 +29,9 @@ COMPARISONS = {
             "sink-aware Wanda, propagated, 1/t²",
         ),
         "transient scope instead of all": ("sink-aware Wanda", "sink-aware Wanda, transient"),
-        "1/t weights": ("sink-aware Wanda", "sink-aware Wanda, 1/t"),
-        "1/t² weights": ("sink-aware Wanda", "sink-aware Wanda, 1/t²"),
+        "sum of squares instead of norms": ("sink-aware Wanda", SUM_OF_SQUARES),
+        "1/t weights (sums of squares)": (SUM_OF_SQUARES, "sink-aware Wanda, 1/t"),
+        "1/t² weights (sums of squares)": (SUM_OF_SQUARES, "sink-aware Wanda, 1/t²"),
         "propagating": ("sink-aware Wanda", "sink-aware Wanda, propagated"),
         "propagating (1/t²)": ("sink-aware Wanda, 1/t²", "sink-aware Wanda, propagated, 1/t²"),
     },

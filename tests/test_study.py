@@ -65,8 +65,8 @@ def test_the_grid_is_whole_and_every_cell_has_its_own_key(study):
         by_group.setdefault(cell.group, []).append(cell)
     # 13 methods × 5 patterns × 3 seeds, and dense once.
     assert len(by_group.pop("grid")) == 1 + 13 * 5 * 3
-    # 3 controls × 3 patterns × 3 seeds.
-    assert len(by_group.pop("controls")) == 27
+    # 3 controls × 3 patterns × 3 seeds, and one in 5 patterns.
+    assert len(by_group.pop("controls")) == 27 + 15
     # 2 values × 2 patterns × 2 methods.
     assert {name: len(group) for name, group in by_group.items()} == dict.fromkeys(study.SWEEPS, 8)
 
@@ -98,6 +98,8 @@ def test_names_say_what_differs_from_the_default(study):
         assert modifier.timestep_weighting == weighting
         if "Wanda" in name:
             assert modifier.propagate_error == ("propagated" in name)
+            squares = "sum of squares" in name or "1/t" in name
+            assert modifier.norm_aggregation == ("sum_of_squares" if squares else "sum_of_norms")
         else:
             assert modifier.calibrate_on == ("clean" if "clean" in name else "corrupted")
 
@@ -143,6 +145,19 @@ def test_magnitude_keeps_the_largest_of_each_row_or_group(study):
             kept = sorted(old.tolist(), key=abs)[removed:]
             assert sorted(group[group != 0].tolist()) == sorted(kept)
         assert torch.equal(model.head.weight, head)
+
+
+def test_each_row_of_what_does_what_changes_one_field(study, report):
+    """Weights in sums of squares are compared with sums of squares, so that the weights alone differ."""
+    makers = study.methods() | study.controls()
+    fields = ("sink_std", "sink_scope", "timestep_weighting", "propagate_error", "norm_aggregation", "calibrate_on")
+    for comparisons in report.COMPARISONS.values():
+        for label, (before, after) in comparisons.items():
+            if before in ("Wanda", "SparseGPT"):
+                continue
+            first, second = (makers[name](0.5, "0:0", 0) for name in (before, after))
+            changed = [name for name in fields if getattr(first, name, None) != getattr(second, name, None)]
+            assert len(changed) == 1, (label, changed)
 
 
 # ---- resumption
