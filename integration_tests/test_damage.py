@@ -13,7 +13,7 @@ import torch
 from command_line import run_here, run_process
 from safetensors.torch import load_file, save_file
 
-from sinkprune_plugin.loading import EMBEDDED_MODEL
+from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -319,6 +319,24 @@ def test_what_cannot_be_saved_is_not_pruned(tmp_path, sinkprune):
     edit(tmp_path / "model" / "generation_config.json", temperature=0.5)
     sinkprune.recipe.write_text(QUICK_RECIPE.replace("SinkAwareWandaModifier", "WandaPruningModifier").split("diff")[0])
     sinkprune.refuses("couldn't be saved: GenerationConfig is invalid", "prune", tmp_path / "model")
+
+
+def test_a_pruned_model_is_kept_if_its_place_is_taken_meanwhile(model, sinkprune, monkeypatch):
+    from sinkprune_plugin.modifiers import oneshot_flow
+
+    prune = oneshot_flow.run_oneshot
+
+    def while_another_program_writes(*arguments, **options):
+        prune(*arguments, **options)
+        sinkprune.output.mkdir()
+        (sinkprune.output / "theirs").write_text("precious")
+
+    monkeypatch.setattr(oneshot_flow, "run_oneshot", while_another_program_writes)
+    done = sinkprune.run("prune", model)
+    assert done.returncode == 2
+    assert [file.name for file in sinkprune.output.iterdir()] == ["theirs"]
+    kept = Path(done.stderr.strip().rpartition("the new result is in ")[2])
+    load_model(kept)
 
 
 def test_what_llm_compressor_refuses_is_one_line(model, sinkprune):

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from sinkprune_plugin.errors import UsageError, reason_of
 
-__all__ = ["embedded_text", "read_documents", "token_stream", "token_windows"]
+__all__ = ["embedded_text", "read_documents", "read_text", "token_stream", "token_windows"]
 
 MINIMUM_TOKENS = 8
 _ASSETS = Path(__file__).parent / "assets"
@@ -44,7 +44,7 @@ def read_documents(source: Path | str, text_column: str = "text") -> list[str]:
     elif not path.is_file():
         raise UsageError(f"{path} does not exist; give a .txt or .jsonl file or a saved dataset")
     elif path.suffix == ".txt":
-        documents = [_read_text(path)]
+        documents = [read_text(path)]
     elif path.suffix == ".jsonl":
         documents = _read_jsonl(path, text_column)
     else:
@@ -108,7 +108,13 @@ def token_windows(
     return windows[order[:num_windows]]
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file.
+
+    :param path: the file
+    :return: its text
+    :raises UsageError: if it can't be read or isn't UTF-8
+    """
     try:
         # With or without the mark that some editors put first.
         return path.read_text(encoding="utf-8-sig")
@@ -120,7 +126,7 @@ def _read_text(path: Path) -> str:
 
 def _read_jsonl(path: Path, text_column: str) -> list[str]:
     documents = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -126,3 +126,11 @@ def test_wrong_files_are_refused(tmp_path):
     (tmp_path / "other.jsonl").write_text('{"doc": {}}\n')
     with pytest.raises(UsageError, match=r"line 1 is no sample of a Mobile-MMLU task"):
         write_predictions(tmp_path / "other.jsonl", tmp_path / "out.csv")
+    for content, message in ((b"\xff\n", "is not UTF-8 text"), (b"[" * 100_000, "line 1 is no sample")):
+        (tmp_path / "bad.jsonl").write_bytes(content)
+        with pytest.raises(UsageError, match=message):
+            write_predictions(tmp_path / "bad.jsonl", tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()
+    samples = samples_file(tmp_path / "samples.jsonl", docs(ROWS), {"q7": "d", "q9": "2"})
+    with pytest.raises(UsageError, match=r"out\.csv can't be written: No such file or directory"):
+        write_predictions(samples, tmp_path / "missing" / "out.csv")

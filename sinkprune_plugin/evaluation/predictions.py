@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.evaluation.rotations import LETTERS, averaged_choice
+from sinkprune_plugin.text_windows import read_text
 
 __all__ = ["main", "write_predictions"]
 
@@ -29,18 +30,20 @@ def write_predictions(samples: Path, predictions: Path) -> int:
     if not samples.is_file():
         raise UsageError(f"{samples} does not exist; run lm_eval with --log_samples and --output_path")
     questions: dict[str, list[tuple[int, Sequence[float]]]] = {}
-    for number, line in enumerate(samples.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(samples).rstrip("\n").split("\n"), start=1):
         try:
             sample = json.loads(line)
             scores = [float(score) for score, _ in sample["filtered_resps"]]
             rotation = (int(sample["doc"]["rotation"]), scores)
             questions.setdefault(str(sample["doc"]["question_id"]), []).append(rotation)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"{samples} line {number} is no sample of a Mobile-MMLU task; log them anew") from error
-    with predictions.open("x", newline="", encoding="utf-8") as stream:
-        rows = csv.writer(stream, lineterminator="\n")
-        rows.writerow(("question_id", "predicted_answer"))
-        rows.writerows((question, LETTERS[averaged_choice(seen)]) for question, seen in questions.items())
+    rows = [(question, LETTERS[averaged_choice(seen)]) for question, seen in questions.items()]
+    try:
+        with predictions.open("x", newline="", encoding="utf-8") as stream:
+            csv.writer(stream, lineterminator="\n").writerows([("question_id", "predicted_answer"), *rows])
+    except OSError as error:
+        raise UsageError(f"{predictions} can't be written: {error.strerror}; choose another place") from error
     return len(questions)
 
 
