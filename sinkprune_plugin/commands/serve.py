@@ -62,7 +62,8 @@ def cpu_options(given: Sequence[str]) -> list[str]:
             content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UsageError(f"--config {file} can't be read ({type(error).__name__})") from error
-        configured = {str(name).replace("_", "-") for name in content or {}}
+        # What isn't a mapping is refused by vLLM.
+        configured = {str(name).replace("_", "-") for name in content} if isinstance(content, dict) else set()
     found = []
     for name, value in _ON_CPU.items():
         if name not in configured:

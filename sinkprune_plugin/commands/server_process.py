@@ -29,13 +29,15 @@ def run_server(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
     def end(number: int, _: FrameType | None) -> None:
         received.append(number)
-        if process is None:
-            return
+        if process is not None:
+            end_server(process)
+
+    def end_server(server: "subprocess.Popen[bytes]") -> None:
         if len(received) > 1:
-            _kill(process.pid)
-        elif process.poll() is None:
+            _kill(server.pid)
+        elif server.poll() is None:
             # Not SIGINT: vLLM's processes answer that with tracebacks while they start.
-            process.terminate()
+            server.terminate()
             signal.alarm(PATIENCE)
 
     # A signal that is ignored from the start stays so, as with nohup.
@@ -46,7 +48,8 @@ def run_server(command: Sequence[str], environment: Mapping[str, str]) -> int:
         # A session of its own: a terminal's Ctrl-C goes to this process alone, which passes it on.
         process = subprocess.Popen(command, env=environment, start_new_session=True)
         if received:
-            process.terminate()
+            # It came before the server was known to the handler.
+            end_server(process)
         status = process.wait()
     finally:
         signal.alarm(0)

@@ -1,2 +1,1 @@
-"""The adapter for vLLM: everything here but :mod:`~sinkprune_plugin.vllm.register` and :mod:`~sinkprune_plugin.vllm.cpu`
-imports vLLM."""
+"""The adapter for vLLM: everything here imports vLLM but ``cpu`` and, at its top, ``register``."""
