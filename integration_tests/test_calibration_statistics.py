@@ -110,16 +110,18 @@ def reference(loader):
     return Reference(loader)
 
 
-def run(cls, loader, tokenizer, **fields):
+def run(cls, loader, tokenizer, drifts=None, **fields):
     """Run a modifier and keep its statistics: leader → tensor, as they are when they are handed over."""
     from llmcompressor import oneshot
 
     seen = {}
+    drifts = {} if drifts is None else drifts
 
     class Spy(cls):
         def _take_statistics(self, leader):
             statistics = super()._take_statistics(leader)
-            seen[leader] = statistics.clone().double()
+            seen[leader], *drift = [each.clone().double() for each in statistics]
+            drifts.update(dict.fromkeys([leader], drift[0]) if drift else {})
             return statistics
 
     model = load_model(EMBEDDED_MODEL, torch.float32)
@@ -214,6 +216,34 @@ def test_sparsegpt_on_clean_samples(reference, loader, tokenizer):
         _compare_hessians(seen, block, cases, 0)
 
 
+def test_the_drift_is_that_of_the_dense_model(reference, loader, tokenizer):
+    """Σ w² (x̄ − x) xᵀ / t with x̄ of the dense model and x of the one whose earlier blocks are pruned."""
+    drifts = {}
+    seen, pruned = run(
+        SinkAwareSparseGPTModifier, loader, tokenizer, drifts, target="dense", timestep_weighting="inverse"
+    )
+    assert drifts.keys() == seen.keys()
+    assert all(not drifts[name].any() for name in drifts if ".blocks.0." in name)
+    names, model = [name for name in seen if ".blocks.3." in name], _pruned_up_to(pruned, 3)
+    sums = {}
+    for (dense, weights, t), (inputs, _, _) in zip(reference.cases(names), reference.cases(names, model), strict=True):
+        for name, x in inputs.items():
+            rows, difference = ((weights.unsqueeze(-1) * each).flatten(0, 1) for each in (x, dense[name] - x))
+            sums[name] = sums.get(name, 0) + difference.T @ rows / t
+    for name, expected in sums.items():
+        scale = float(seen[name].diagonal().max())
+        torch.testing.assert_close(drifts[name], expected, rtol=2e-4, atol=2e-5 * scale)
+        assert expected.abs().max() > 100 * 2e-5 * scale, "nothing drifted that the tolerance could see"
+
+
+def test_sequential_sees_the_pruned_linears_before_it_in_the_block(reference, loader, tokenizer):
+    seen, pruned = run(SinkAwareSparseGPTModifier, loader, tokenizer, target="dense", within_block="sequential")
+    # The MLP's output is the last of block 0: its input comes from the block pruned but for itself.
+    model = _pruned_up_to(pruned, 1)
+    name = next(n for n in seen if n.endswith("blocks.0.ff_out"))
+    _compare_hessians(seen, 0, reference.cases([name], model), 0, count=1)
+
+
 def _pruned_up_to(pruned, block):
     """The dense model with the pruned weights of the blocks before one."""
     model = load_model(EMBEDDED_MODEL, torch.float32)
@@ -225,13 +255,13 @@ def _pruned_up_to(pruned, block):
     return model
 
 
-def _compare_hessians(seen, block, cases, power):
+def _compare_hessians(seen, block, cases, power, count=4):
     sums = {}
     for inputs, weights, t in cases:
         for name, x in inputs.items():
             rows = (weights.unsqueeze(-1) * x).flatten(0, 1)
             sums[name] = sums.get(name, 0) + rows.T @ rows / t**power
-    assert len(sums) == 4
+    assert len(sums) == count
     for name, expected in sums.items():
         # Off the diagonal large terms cancel, so the yardstick is the size of the matrix.
         scale = float(expected.diagonal().max())

@@ -5,9 +5,10 @@ import torch
 from compressed_tensors.offload.cache import CPUCache
 
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
+from sinkprune_plugin.modifiers import hessian_base
+from sinkprune_plugin.modifiers.admm import SinkAwareADMMModifier
 from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
-from sinkprune_plugin.modifiers.sparsegpt import base as sparsegpt_base
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
 from sinkprune_plugin.modifiers.wanda import base as wanda_base
 
@@ -17,6 +18,8 @@ CASES = [
     (SinkAwareSparseGPTModifier, {}),
     (SinkAwareSparseGPTModifier, {"calibrate_on": "clean"}),
     (SinkAwareSparseGPTModifier, {"offload_hessians": True}),
+    (SinkAwareADMMModifier, {}),
+    (SinkAwareADMMModifier, {"within_block": "parallel", "target": "dense", "offload_hessians": True}),
 ]
 
 
@@ -72,8 +75,8 @@ def test_offloaded_weights_get_the_same_zeros(cls, fields, tokenizer, golden_win
 @pytest.mark.parametrize("samples", [1, 3])
 def test_an_offloaded_hessian_moves_once_for_each_block(samples, model, tokenizer, golden_windows, monkeypatch):
     moved = []
-    original = sparsegpt_base._to_main_memory
-    monkeypatch.setattr(sparsegpt_base, "_to_main_memory", lambda H: (moved.append(H.shape), original(H))[1])
+    original = hessian_base._to_main_memory
+    monkeypatch.setattr(hessian_base, "_to_main_memory", lambda H: (moved.append(H.shape), original(H))[1])
     modifier = SinkAwareSparseGPTModifier(sparsity=0.5, diffusion_steps=4, sample_interval=2, offload_hessians=True)
     run_oneshot(model, tokenizer, modifier, golden_windows[:samples, :32])
     # Four distinct inputs in each of six blocks, however many passes there were.

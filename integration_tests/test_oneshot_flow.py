@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader
 
 from sinkprune_plugin.formats import load_sparse_checkpoint
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
+from sinkprune_plugin.modifiers.admm import SinkAwareADMMModifier
 from sinkprune_plugin.modifiers.oneshot_flow import calibration_dataset, run_oneshot
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
 
-BOTH = [SinkAwareWandaModifier, SinkAwareSparseGPTModifier]
+ALL = [SinkAwareWandaModifier, SinkAwareSparseGPTModifier, SinkAwareADMMModifier]
 # A coarse grid keeps a full lifecycle at about a second.
 QUICK = {"diffusion_steps": 4, "sample_interval": 2}
 
@@ -92,7 +93,7 @@ def test_every_recipe_in_a_script_that_imports_nothing_of_ours(recipe, tmp_path,
     assert again.yaml() == Recipe.create_instance(again.yaml()).yaml()
 
 
-@pytest.mark.parametrize("cls", BOTH)
+@pytest.mark.parametrize("cls", ALL)
 def test_same_seed_same_weights_other_seed_other_weights(cls, tokenizer, golden_windows):
     results = []
     for seed in (0, 0, 1):
@@ -103,7 +104,7 @@ def test_same_seed_same_weights_other_seed_other_weights(cls, tokenizer, golden_
     assert not all(torch.equal(results[0][key], results[2][key]) for key in results[0])
 
 
-@pytest.mark.parametrize("cls", BOTH)
+@pytest.mark.parametrize("cls", ALL)
 def test_hooks_are_gone_and_the_mode_is_restored(cls, model, tokenizer, golden_windows):
     model.train()
     run_oneshot(model, tokenizer, cls(sparsity=0.5, **QUICK), golden_windows[:2])
@@ -113,7 +114,7 @@ def test_hooks_are_gone_and_the_mode_is_restored(cls, model, tokenizer, golden_w
         assert not module._forward_hooks, name
 
 
-@pytest.mark.parametrize("cls", BOTH)
+@pytest.mark.parametrize("cls", ALL)
 def test_batch_size_and_padding_do_not_change_the_mask(cls, tokenizer, golden_windows):
     """Four samples one by one, and in batches of two with padding: the same statistics."""
     short = [golden_windows[0, :100], golden_windows[1, :64], golden_windows[2, :100], golden_windows[3, :80]]
@@ -135,11 +136,13 @@ def test_batch_size_and_padding_do_not_change_the_mask(cls, tokenizer, golden_wi
     same = sum(int((pruned[0][name] == pruned[1][name]).sum()) for name in pruned[0])
     total = sum(mask.numel() for mask in pruned[0].values())
     # Other shapes mean other orders of float32 sums: scores within 1e-6 of the threshold may flip; in SparseGPT they
-    # set off further flips (0.05 % between one and two threads of the same program).
-    assert same / total > (0.9999 if cls is SinkAwareWandaModifier else 0.995)
+    # set off further flips (0.05 % between one and two threads of the same program). ADMM chooses its mask 15 times, on
+    # fewer tokens than columns: weights nudged by 1e-7 already move 1 % of block 0's mask and 3.1 % of all.
+    floor = {SinkAwareWandaModifier: 0.9999, SinkAwareSparseGPTModifier: 0.995, SinkAwareADMMModifier: 0.95}
+    assert same / total > floor[cls]
 
 
-@pytest.mark.parametrize("cls", BOTH)
+@pytest.mark.parametrize("cls", ALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_models_are_pruned_to_the_same_sparsity(cls, dtype, tokenizer, golden_windows):
     model = load_model(EMBEDDED_MODEL, dtype)
@@ -149,7 +152,7 @@ def test_low_precision_models_are_pruned_to_the_same_sparsity(cls, dtype, tokeni
         assert follows(module.weight, 2, 4), name
 
 
-@pytest.mark.parametrize("cls", BOTH)
+@pytest.mark.parametrize("cls", ALL)
 @pytest.mark.parametrize(("structure", "n", "m"), [("4:8", 4, 8), ("1:4", 1, 4)])
 def test_any_n_of_m(cls, structure, n, m, model, tokenizer, golden_windows):
     run_oneshot(model, tokenizer, cls(mask_structure=structure, **QUICK), golden_windows[:2])
@@ -158,7 +161,7 @@ def test_any_n_of_m(cls, structure, n, m, model, tokenizer, golden_windows):
         assert float((module.weight == 0).float().mean()) == pytest.approx(n / m, abs=1e-6)
 
 
-@pytest.mark.parametrize("cls", BOTH)
+@pytest.mark.parametrize("cls", ALL)
 def test_one_sparsity_for_each_block_and_ignore(cls, model, tokenizer, golden_windows):
     wanted = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
     run_oneshot(model, tokenizer, cls(sparsity=wanted, ignore=["re:.*q_proj"], **QUICK), golden_windows[:2])
@@ -169,14 +172,14 @@ def test_one_sparsity_for_each_block_and_ignore(cls, model, tokenizer, golden_wi
         assert sparsity == pytest.approx(expected, abs=0.006), name
 
 
-@pytest.mark.parametrize("cls", BOTH)
+@pytest.mark.parametrize("cls", ALL)
 def test_the_head_is_pruned_where_it_is_named(cls, model, tokenizer, golden_windows):
     run_oneshot(model, tokenizer, cls(sparsity=0.5, targets=["re:.*transformer.ff_out$"], **QUICK), golden_windows[:2])
     assert float((model.get_output_embeddings().weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
     assert set(sparsities(model).values()) == {0.0}
 
 
-@pytest.mark.parametrize("cls", BOTH)
+@pytest.mark.parametrize("cls", ALL)
 def test_blocks_that_are_offloaded_to_disk(cls, tokenizer, golden_windows, tmp_path):
     """Weights that live elsewhere between calls are read and written through their offload."""
     from transformers import AutoModelForCausalLM

@@ -1,5 +1,6 @@
 """The engine of calibration passes: order of runs, hidden states on disk, limits, what it tells beforehand."""
 
+import contextlib
 import gc
 import os
 import tempfile
@@ -35,7 +36,7 @@ def test_a_sweep_to_the_end_gives_the_logits_of_whole_forward_passes(model, gold
     logits = []
     hook = model.get_output_embeddings().register_forward_hook(lambda _module, _args, output: logits.append(output))
     with torch.no_grad():
-        engine.sweep(passes, lambda block: None, title="", block_runs=0, to_the_end=True)
+        engine.sweep(passes, lambda block: block.run(advance=True), title="", block_runs=0)
         assert not logits
 
         class Nothing:
@@ -61,11 +62,70 @@ def test_a_block_runs_all_passes_before_the_next_one_begins(model, golden_window
     for index, block in enumerate(blocks):
         block.register_forward_hook(lambda _module, _args, _output, index=index: calls.append(index))
     with torch.no_grad():
+
+        def visit(block):
+            if block.index == 1:
+                block.run()
+                block.run(only_first=True)
+            block.run(advance=True)
+
+        PassEngine(model, blocks, progress=False).sweep(passes, visit, title="", block_runs=0)
+    # Two passes each; in block 1 both of them, the first one, and both again.
+    assert calls == [0, 0, 1, 1, 1, 1, 1, *[i for i in range(2, len(blocks)) for _ in range(2)]]
+
+
+def test_a_block_that_keeps_its_outputs_is_a_mistake(model, golden_windows):
+    _, blocks = find_decoder_blocks(model)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="block 0 has not passed its outputs on"):
         PassEngine(model, blocks, progress=False).sweep(
-            passes, lambda block: block.run() if block.index == 1 else None, title="", block_runs=0
+            passes_of(golden_windows[:1, :16]), lambda block: block.run(), title="", block_runs=0
         )
-    # Two passes each; block 1 once more for its visitor; the outputs of the last one are nobody's input.
-    assert calls == [0, 0, 1, 1, 1, 1, *[i for i in range(2, len(blocks) - 1) for _ in range(2)]]
+
+
+def test_the_dense_stream_stays_that_of_the_dense_model(model, golden_windows):
+    """Blocks are zeroed one by one; the second stream sees them as they were."""
+    passes = passes_of(golden_windows[:1, :16], golden_windows[1:2, :16])
+    _, blocks = find_decoder_blocks(model)
+    with torch.no_grad():
+        expected = [model(**each.inputs, output_hidden_states=True).hidden_states for each in passes]
+        seen = {"dense": [], "pruned": []}
+
+        def watch(name):
+            @contextlib.contextmanager
+            def around(number, _each):
+                seen[name].append(number)
+                yield
+
+            return around
+
+        def visit(block):
+            inputs = []
+            hook = blocks[block.index].register_forward_pre_hook(lambda _module, args: inputs.append(args[0].clone()))
+            block.run(watch("pruned"), dense=watch("dense"))
+            hook.remove()
+            for number in range(2):
+                dense, pruned = inputs[2 * number : 2 * number + 2]
+                torch.testing.assert_close(dense, expected[number][block.index], rtol=0, atol=0)
+                assert torch.equal(dense, pruned) == (block.index == 0)
+            block.run(dense=watch("dense"), advance=True)
+            # Behind the engine's back, so that only the pruned stream of the next block differs.
+            for states in block._engine._hidden._states:
+                states.mul_(0.5)
+
+        PassEngine(model, blocks, progress=False).sweep(passes, visit, title="", block_runs=0, two_streams=True)
+    assert seen == {"dense": [0, 1] * 2 * len(blocks), "pruned": [0, 1] * len(blocks)}
+
+
+def test_a_sweep_of_two_streams_advances_both(model, golden_windows):
+    _, blocks = find_decoder_blocks(model)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="advances both"):
+        PassEngine(model, blocks, progress=False).sweep(
+            passes_of(golden_windows[:1, :16]),
+            lambda block: block.run(advance=True),
+            title="",
+            block_runs=0,
+            two_streams=True,
+        )
 
 
 def test_a_block_that_has_passed_its_outputs_on_does_not_run_again(model, golden_windows):

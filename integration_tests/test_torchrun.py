@@ -23,6 +23,7 @@ from llmcompressor.core import reset_session
 from safetensors.torch import save_file
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.loading import load_model, load_tokenizer
+from sinkprune_plugin.modifiers.admm import SinkAwareADMMModifier
 from sinkprune_plugin.modifiers.distributed import rank, world_size
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
@@ -60,14 +61,16 @@ def prune(cls, shuffle):
     reset_session()
     solved.clear(), written.clear()
     model = load_model(r"{model}", torch.float32)
-    modifier = cls(sparsity=0.5, diffusion_steps=4, sample_interval=2)
+    # Parallel, since sequential groups have one input each and so nothing to share out.
+    fields = {{"within_block": "parallel", "target": "dense"}} if issubclass(cls, SinkAwareADMMModifier) else {{}}
+    modifier = cls(sparsity=0.5, diffusion_steps=4, sample_interval=2, **fields)
     # Three of four samples: shuffled, each process would draw others if the recipe's seed didn't hold.
     oneshot(model=model, tokenizer=load_tokenizer(r"{model}"), dataset=data, recipe=[modifier],
             num_calibration_samples=3, max_seq_length=64, shuffle_calibration_samples=shuffle)
     return {{k: v.contiguous() for k, v in model.state_dict().items()}}
 
 
-for cls in (SinkAwareWandaModifier, SinkAwareSparseGPTModifier):
+for cls in (SinkAwareWandaModifier, SinkAwareSparseGPTModifier, SinkAwareADMMModifier):
     weights = prune(counting(cls), shuffle=cls is SinkAwareWandaModifier)
     name = sys.argv[1] + f"/{{cls.__name__}}-{{rank()}}"
     save_file(weights, name + ".safetensors")
@@ -78,7 +81,7 @@ except UsageError as error:
     open(sys.argv[1] + f"/error-{{rank()}}", "w").write(str(error))
 """
 
-MODIFIERS = ["SinkAwareWandaModifier", "SinkAwareSparseGPTModifier"]
+MODIFIERS = ["SinkAwareWandaModifier", "SinkAwareSparseGPTModifier", "SinkAwareADMMModifier"]
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +118,9 @@ def test_two_processes_equal_one(modifier, runs):
         assert all(torch.equal(one[key], first[key]) for key in one)
     else:
         # Hessians are float32 sums in another order; a flipped near tie moves its row (0.05 % seen between one and two
-        # threads of one process).
-        assert same / total > 0.995
+        # threads of one process). ADMM chooses its mask 15 times, on fewer tokens than columns: weights nudged by 1e-7
+        # move 3.1 % of it.
+        assert same / total > (0.995 if modifier == "SinkAwareSparseGPTModifier" else 0.95)
 
 
 @pytest.mark.parametrize("modifier", MODIFIERS)

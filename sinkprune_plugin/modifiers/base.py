@@ -196,7 +196,7 @@ class SinkAwareModifierBase(SinkAwareFields):
         """
 
     @abstractmethod
-    def _take_statistics(self, leader: str) -> torch.Tensor:
+    def _take_statistics(self, leader: str) -> list[torch.Tensor]:
         """Hand over the complete statistics of this process, to be summed over the processes.
 
         :param leader: name under which they were gathered
@@ -204,7 +204,7 @@ class SinkAwareModifierBase(SinkAwareFields):
         """
 
     @abstractmethod
-    def _solver(self, leader: str, statistics: torch.Tensor, device: torch.device) -> Solver:
+    def _solver(self, leader: str, statistics: list[torch.Tensor], device: torch.device) -> Solver:
         """Prepare what all targets with one input share.
 
         :param leader: name of the first of them
@@ -262,36 +262,58 @@ class SinkAwareModifierBase(SinkAwareFields):
 
     # ---- statistics, solver, weights
 
-    def _prune_in_one_sweep(self, engine: PassEngine, passes: Sequence[CalibrationPass], *, propagate: bool) -> None:
+    def _prune_in_one_sweep(
+        self, engine: PassEngine, passes: Sequence[CalibrationPass], *, propagate: bool, two_streams: bool = False
+    ) -> None:
         """Block by block: gather statistics, prune, pass the outputs on; then the targets outside of the blocks.
 
         :param engine: the engine
         :param passes: passes with their final token weights
         :param propagate: pass on the outputs of the pruned block; otherwise those of the dense one, which saves a run
+        :param two_streams: see :meth:`PassEngine.sweep`
         """
         outside = [target for target in self._targets if target.block is None]
 
         def visit(block: OnloadedBlock) -> None:
             targets = [target for target in self._targets if target.block == block.index]
-            if targets:
-                self._observe_and_prune(targets, lambda watch: block.run(watch, advance=not propagate))
+            last = block.index + 1 == len(self._blocks) and not outside
+            self._prune_block(block, targets, advance_dense=not propagate, last=last)
 
-        busy = len({target.block for target in self._targets if target.block is not None})
-        moves = len(self._blocks) - (0 if outside else 1)
-        runs = busy + moves if propagate else len(self._blocks)
+        nothing = SweepPlan(0, 0)
+        runs_per_block = self._sweeps(nothing, nothing)[-1].runs_per_block
         engine.sweep(
             passes,
             visit,
             title=self._title("pruning blocks"),
-            block_runs=runs * len(passes),
-            to_the_end=bool(outside),
+            block_runs=runs_per_block * len(self._blocks) * len(passes),
+            two_streams=two_streams,
         )
         if outside:
             self._observe_and_prune(
                 outside, lambda watch: engine.run_head(watch, title=self._title("pruning outside the blocks"))
             )
 
-    def _observe_and_prune(self, targets: Sequence[PruningTarget], run: Callable[[Watch], None]) -> None:
+    def _prune_block(
+        self, block: OnloadedBlock, targets: Sequence[PruningTarget], *, advance_dense: bool, last: bool
+    ) -> None:
+        """Prune a block and pass its outputs on.
+
+        :param block: the block
+        :param targets: targets in it, perhaps none
+        :param advance_dense: pass on the outputs of the dense block, which saves a run, not of the pruned one
+        :param last: nobody needs its outputs
+        """
+        if targets:
+            self._observe_and_prune(targets, lambda watch: block.run(watch, advance=advance_dense))
+        if not block.advanced and not last:
+            block.run(advance=True)
+
+    def _observe_and_prune(
+        self,
+        targets: Sequence[PruningTarget],
+        run: Callable[[Watch], None],
+        before_pruning: Callable[[Sequence[PruningTarget]], None] | None = None,
+    ) -> None:
         observer = InputObserver(targets, self._observe)
         with distributed.failing_together():
             handles = observer.attach(self.register_hook)
@@ -299,6 +321,8 @@ class SinkAwareModifierBase(SinkAwareFields):
             self.remove_hooks(handles)
             observer.require_reached()
             self._finite.require()
+        if before_pruning is not None:
+            before_pruning(targets)
         self._prune(targets, observer.leaders)
 
     def _prune(self, targets: Sequence[PruningTarget], leaders: dict[str, str]) -> None:
@@ -312,7 +336,8 @@ class SinkAwareModifierBase(SinkAwareFields):
         # All sums first, so that the processes then solve side by side.
         statistics = {leader: self._take_statistics(leader) for leader in served}
         for leader in served:
-            distributed.reduce_to_owner(statistics[leader], owners[leader])
+            for tensor in statistics[leader]:
+                distributed.reduce_to_owner(tensor, owners[leader])
         solved: dict[str, torch.Tensor] = {}
         with distributed.failing_together(), torch.no_grad():
             for leader, group in served.items():

@@ -59,16 +59,26 @@ class OnloadedBlock:
         self.advanced = False
         self._engine = engine
 
-    def run(self, watch: Watch | None = None, *, advance: bool = False) -> None:
+    def run(
+        self,
+        watch: Watch | None = None,
+        *,
+        dense: Watch | None = None,
+        advance: bool = False,
+        only_first: bool = False,
+    ) -> None:
         """Run all passes through the block.
 
         :param watch: context that is entered around each pass's call of the block
+        :param dense: in a sweep of two streams, context around the same pass's call with the dense model's hidden
+            states, which comes before; the block must have its dense weights in it
         :param advance: make the outputs the inputs of the next block; once for a block, after which it can't run again
+        :param only_first: run the first pass only, to learn what is called
         :raises UsageError: if the block changes the shape of the hidden states
         """
         if self.advanced:
             raise RuntimeError(f"decoder block {self.index} has passed its outputs on already")
-        self._engine._run_block(self.index, watch, advance=advance)
+        self._engine._run_block(self.index, watch, dense, advance=advance, only_first=only_first)
         self.advanced = advance
 
 
@@ -92,6 +102,8 @@ class PassEngine:
         self._model = model
         self._blocks = blocks
         self._hidden = HiddenStates(hidden_states)
+        self._dense = HiddenStates(hidden_states)
+        self._two_streams = False
         self._progress = progress
         self._passes: Sequence[CalibrationPass] = ()
         self._calls: list[_BlockCall] = []
@@ -106,20 +118,21 @@ class PassEngine:
         *,
         title: str,
         block_runs: int,
-        to_the_end: bool = False,
+        two_streams: bool = False,
     ) -> None:
         """Take all passes through all decoder blocks, from their embedding on.
 
         :param passes: the passes
-        :param visit: does the work of a block: it may run the passes (several times), and change the block's weights.
-            If it doesn't advance the passes itself, they are run once more after it.
+        :param visit: does the work of a block: it may run the passes (several times), change the block's weights, and
+            advances the passes to the next block
         :param title: name of the progress bar
         :param block_runs: how many times a block will be run with a pass, for the progress bar's estimate
-        :param to_the_end: advance beyond the last block as well, for :meth:`run_head`
+        :param two_streams: carry the dense model's hidden states along, next to those of the model as pruned so far
         :raises UsageError: if the model doesn't call its first block, a block changes the shape of the hidden states,
             or these don't fit where they are to wait
         """
         self._passes = passes
+        self._two_streams = two_streams
         # The mean rate over the whole sweep: blocks are alike, the passes and the solver within a block are not.
         bar = tqdm.tqdm(desc=title, total=block_runs, unit="pass", smoothing=0, disable=not self._progress)
         with bar as self._bar:
@@ -130,11 +143,11 @@ class PassEngine:
                 with disable_offloading():
                     block = OnloadedBlock(self, index)
                     visit(block)
-                    if not block.advanced and (to_the_end or index + 1 < len(self._blocks)):
-                        block.run(advance=True)
+                    if not block.advanced and index + 1 < len(self._blocks):
+                        raise RuntimeError(f"decoder block {index} has not passed its outputs on")
 
     def run_head(self, watch: Watch, *, title: str) -> None:
-        """Run what follows the last block, on the hidden states of a sweep that went to the end.
+        """Run what follows the last block, on the hidden states of a sweep that advanced beyond it.
 
         The blocks are stepped over, so their weights aren't brought in.
 
@@ -159,12 +172,14 @@ class PassEngine:
             hidden = args[0] if args else kwargs.pop("hidden_states")
             if index == 0:
                 shapes = [(*each.shape, hidden.shape[-1]) for each in self._passes]
-                self._hidden.allocate(shapes, hidden.dtype, pinned=pinned)
-            self._hidden.write(index, hidden.detach())
+                for states in self._streams():
+                    states.allocate(shapes, hidden.dtype, pinned=pinned)
+            for states in self._streams():
+                states.write(index, hidden.detach())
             # Masks and rotary tables are the same for the timesteps of a batch, and often for all passes: keep one.
             previous = self._calls[-1] if self._calls else _BlockCall((), {})
             self._calls.append(_BlockCall(_shared(args[1:], previous.args), _shared(kwargs, previous.kwargs)))
-        self._hidden.settle()
+        self._settle()
 
     def _first_call(self, inputs: dict[str, torch.Tensor | None]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -185,16 +200,34 @@ class PassEngine:
             "native class of this package or a decoder-only model of transformers"
         )
 
-    def _run_block(self, index: int, watch: Watch | None, *, advance: bool) -> None:
+    def _run_block(
+        self, index: int, watch: Watch | None, dense: Watch | None, *, advance: bool, only_first: bool
+    ) -> None:
         block = self._blocks[index]
-        states = self._hidden.read(torch.device(get_execution_device(block)))
-        for number, (each, call, hidden) in enumerate(zip(self._passes, self._calls, states, strict=True)):
-            with contextlib.nullcontext() if watch is None else watch(number, each):
-                output = block(hidden, *call.args, **call.kwargs)
-            if advance:
-                self._hidden.write(number, self._hidden_of(index, hidden, output))
-            self._bar.update()
-        self._hidden.settle()
+        device = torch.device(get_execution_device(block))
+        # From the dense model's stream to that of the pruned one, which may have to be compared with it.
+        streams = [(self._dense, dense), (self._hidden, watch)] if dense is not None else [(self._hidden, watch)]
+        if advance and len(streams) != len(self._streams()):
+            raise RuntimeError("a sweep of two streams advances both")
+        reads = [(states, around, states.read(device)) for states, around in streams]
+        count = 1 if only_first else len(self._passes)
+        for number, (each, call) in enumerate(zip(self._passes[:count], self._calls[:count], strict=True)):
+            for states, around, incoming in reads:
+                hidden = next(incoming)
+                with contextlib.nullcontext() if around is None else around(number, each):
+                    output = block(hidden, *call.args, **call.kwargs)
+                if advance:
+                    states.write(number, self._hidden_of(index, hidden, output))
+                if not only_first:
+                    self._bar.update()
+        self._settle()
+
+    def _streams(self) -> list[HiddenStates]:
+        return [self._dense, self._hidden] if self._two_streams else [self._hidden]
+
+    def _settle(self) -> None:
+        for states in self._streams():
+            states.settle()
 
     def _hidden_of(self, index: int, hidden: torch.Tensor, output: Any) -> torch.Tensor:
         self._as_output = _identity

@@ -27,17 +27,20 @@ _DAMPENING_GROWTH = 10.0
 _DAMPENING_LIMIT = 1.0
 
 
-def accumulate_drift(D: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, weights: torch.Tensor) -> None:
-    """D += Σ_k w_k² (x̄_k − x_k) x_kᵀ, in place.
+def accumulate_drift(
+    D: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, weights: torch.Tensor, scale: float = 1.0
+) -> None:
+    """D += s Σ_k w_k² (x̄_k − x_k) x_kᵀ, in place.
 
     :param D: (C, C) float32
     :param x: (B, T, C) input in the model as pruned so far, any floating dtype
     :param dense: (B, T, C) input in the dense model, same pass
     :param weights: (B, T) float32 token weights w, 0 on padding
+    :param scale: weight s of the timestep
     """
     rows = (x.to(PRECISION) * weights.unsqueeze(-1)).reshape(-1, x.shape[-1])
     difference = (dense.to(PRECISION) - x.to(PRECISION)) * weights.unsqueeze(-1)
-    D.addmm_(difference.reshape(-1, x.shape[-1]).T, rows)
+    D.addmm_(difference.reshape(-1, x.shape[-1]).T, rows, alpha=scale)
 
 
 @dataclass

@@ -75,6 +75,17 @@ class InverseFactor:
     dead: torch.Tensor
     dampening_frac: float
 
+    def dense_output_target(self, W: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
+        """The weight whose output on the present inputs comes closest to the dense one: W + W D (H + λI)⁻¹.
+
+        :param W: (rows, C) dense weight, any floating dtype, left untouched
+        :param drift: (C, C) float32 D = Σ w² (x̄ − x) xᵀ, scaled as the Hessian was
+        :return: (rows, C) float32
+        """
+        W = W.to(SGPT_PRECISION)
+        # (H + λI)⁻¹ = Uᵀ U for its upper Cholesky factor U.
+        return W + (W @ drift) @ self.upper.T @ self.upper
+
 
 def invert_hessian(H: torch.Tensor, dampening_frac: float, name: str) -> InverseFactor:
     """Factor the inverse of the dampened Hessian; once for all weights that share it.

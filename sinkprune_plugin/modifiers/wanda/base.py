@@ -126,13 +126,13 @@ class SinkAwareWandaModifier(SinkAwareModifierBase):
         terms = norms.add(x, each.row_weights.to(x.device), each.square_scale)
         self._finite.note(terms, leader, each.source)
 
-    def _take_statistics(self, leader: str) -> torch.Tensor:
+    def _take_statistics(self, leader: str) -> list[torch.Tensor]:
         total = self._norms[leader].total
         assert total is not None  # a leader is named by its first input
-        return total
+        return [total]
 
-    def _solver(self, leader: str, statistics: torch.Tensor, device: torch.device) -> Solver:
+    def _solver(self, leader: str, statistics: list[torch.Tensor], device: torch.device) -> Solver:
         gathered = self._norms.pop(leader)
-        gathered.total = statistics.to(device)
+        gathered.total = statistics[0].to(device)
         norms = gathered.norms()
         return lambda W, sparsity: (sparsify_weight(W, norms, sparsity, self._structure), None)

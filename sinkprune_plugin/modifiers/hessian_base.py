@@ -1,0 +1,214 @@
+"""What the modifiers that solve with a Hessian share: how it is gathered, and what is to be matched."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PrivateAttr, model_validator
+
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.modifiers import distributed
+from sinkprune_plugin.modifiers.base import SinkAwareModifierBase
+from sinkprune_plugin.modifiers.input_observer import InputObserver
+from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, PassEngine
+from sinkprune_plugin.modifiers.run_estimate import SweepPlan, hessian_bytes
+from sinkprune_plugin.modifiers.sparsegpt.sparsegpt_sparsify import accumulate_hessian
+from sinkprune_plugin.modifiers.targets import PruningTarget
+from sinkprune_plugin.modifiers.trajectory import clean_pass
+from sinkprune_plugin.pruning.hessian import accumulate_drift
+
+__all__ = ["HessianModifierBase"]
+
+
+class HessianModifierBase(SinkAwareModifierBase):
+    """Abstract base of the modifiers that solve for weights with the second moments of a Linear's input.
+
+    :param calibrate_on: ``corrupted`` builds the Hessian along the denoising trajectory, each timestep's rows weighted
+        with its own 1 − m; ``clean`` as published: clean samples, rows weighted with 1 − the mean of m over timesteps
+    :param dampening_frac: share of the mean diagonal added to the Hessian's diagonal; raised tenfold, with a warning,
+        as often as the Hessian can't be factored
+    :param offload_hessians: keep the Hessians of a block in main memory while they wait to be solved: less device
+        memory, a little more time
+    :param target: whose output a pruned Linear is to come close to: ``current``, its own on the inputs that it gets
+        from the model as pruned so far, or ``dense``, the dense model's on the dense model's inputs; the latter carries
+        a second stream of hidden states along
+    :param within_block: ``parallel`` gathers all Hessians of a block before any of its Linears is pruned; with
+        ``sequential`` a Linear sees the pruned ones that come before it in the block, for more runs of the block
+    """
+
+    calibrate_on: Literal["corrupted", "clean"] = "corrupted"
+    dampening_frac: float = Field(default=0.01, gt=0.0, allow_inf_nan=False)
+    offload_hessians: bool = False
+    target: Literal["dense", "current"] = "current"
+    within_block: Literal["sequential", "parallel"] = "parallel"
+
+    _hessians: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _drifts: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+    # Inputs that the dense model gives in the pass that is being run.
+    _dense_inputs: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _samples: int = PrivateAttr(default=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_combination(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            values = dict(values)
+            if values.pop("propagate_error", True) is False:
+                raise UsageError(
+                    f"{cls.__name__} always propagates error from block to block; drop `propagate_error: false`"
+                )
+            if values.get("calibrate_on") == "clean" and values.get("timestep_weighting", "uniform") != "uniform":
+                raise UsageError(
+                    f"timestep_weighting {values['timestep_weighting']} needs `calibrate_on: corrupted`: clean samples "
+                    "have no timestep"
+                )
+        return values
+
+    def _calibrate_and_prune(self, engine: PassEngine) -> None:
+        noisy = self._corrupted_passes()
+        masks = self._find_sinks(engine, noisy)
+        if self.calibrate_on == "corrupted":
+            passes = self._without_sinks(noisy, masks)
+        else:
+            passes = [
+                _weighted(clean_pass(batch), 1.0 - mask.mean(dim=1))
+                for batch, mask in zip(self._batches, masks, strict=True)
+            ]
+        self._samples = sum(distributed.gather_objects(sum(len(each.row_weights) for each in passes)))
+        self._prune_in_one_sweep(engine, passes, propagate=True, two_streams=self.target == "dense")
+
+    def _sweeps(self, clean: SweepPlan, noisy: SweepPlan) -> tuple[SweepPlan, ...]:
+        # Sequential: at most as many groups as Linears in a block; which of them share an input shows in the run.
+        counts = [sum(target.block == index for target in self._targets) for index in range(len(self._blocks))]
+        groups = 1 if self.within_block == "parallel" else max(counts)
+        runs = (groups + 1) * (2 if self.target == "dense" else 1)
+        return noisy, replace(noisy if self.calibrate_on == "corrupted" else clean, runs_per_block=runs)
+
+    def _statistics_bytes(self, noisy: SweepPlan) -> int:
+        del noisy
+        return hessian_bytes(self._targets) * (2 if self.target == "dense" else 1)
+
+    # ---- a block
+
+    def _prune_block(
+        self, block: OnloadedBlock, targets: Sequence[PruningTarget], *, advance_dense: bool, last: bool
+    ) -> None:
+        assert not advance_dense  # error is always propagated
+        dense = _DenseWeights()
+        two_streams = self.target == "dense"
+        for group in self._groups(block, targets):
+            before = InputObserver(group, self._keep_dense_input)
+            with distributed.failing_together():
+                handles = before.attach(self.register_hook) if two_streams else set()
+
+                @contextlib.contextmanager
+                def dense_model(number: int, each: CalibrationPass, before: InputObserver = before) -> Iterator[None]:
+                    self._dense_inputs.clear()
+                    with dense.in_place(), before.watching(number, each):
+                        yield
+
+            self._observe_and_prune(
+                group,
+                lambda watch: block.run(watch, dense=dense_model if two_streams else None),
+                before_pruning=dense.remember if two_streams else None,
+            )
+            self.remove_hooks(handles)
+            self._dense_inputs.clear()
+        if not last:
+            block.run(dense=dense.watch if two_streams else None, advance=True)
+
+    def _groups(self, block: OnloadedBlock, targets: Sequence[PruningTarget]) -> list[list[PruningTarget]]:
+        """Targets that are pruned together: all, or those that share an input, in the order of their calls."""
+        if self.within_block == "parallel" or not targets:
+            return [list(targets)] if targets else []
+        observer = InputObserver(targets, lambda *_: None)
+        with distributed.failing_together():
+            handles = observer.attach(self.register_hook)
+            block.run(observer.watching, only_first=True)
+            self.remove_hooks(handles)
+            observer.require_reached()
+        groups: dict[str, list[PruningTarget]] = {}
+        by_name = {target.name: target for target in targets}
+        for name, leader in observer.leaders.items():
+            groups.setdefault(leader, []).append(by_name[name])
+        return list(groups.values())
+
+    # ---- statistics
+
+    def _keep_dense_input(self, leader: str, x: torch.Tensor, _each: CalibrationPass) -> None:
+        # A copy: the model may write into it later.
+        self._dense_inputs[leader] = x.clone()
+
+    def _observe(self, leader: str, x: torch.Tensor, each: CalibrationPass) -> None:
+        weights = each.row_weights.to(x.device)
+        H = _matrix(self._hessians, leader, x)
+        accumulate_hessian(H, x, weights, each.square_scale)
+        self._finite.note(H.diagonal(), leader, each.source)
+        if leader in self._dense_inputs:
+            D = _matrix(self._drifts, leader, x)
+            accumulate_drift(D, x, self._dense_inputs.pop(leader), weights, each.square_scale)
+
+    def _take_statistics(self, leader: str) -> list[torch.Tensor]:
+        taken = [matrices.pop(leader) for matrices in (self._hessians, self._drifts) if leader in matrices]
+        # Once for each block, after its last input: from then on one Hessian at a time is on the device.
+        return [_to_main_memory(each) for each in taken] if self.offload_hessians else taken
+
+    def _second_moments(
+        self, statistics: list[torch.Tensor], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hessian, and drift where the dense output is the target, both scaled to the mean of a sample, times 2."""
+        H, *drift = [each.to(device).mul_(2.0 / self._samples) for each in statistics]
+        return H, drift[0] if drift else None
+
+
+class _DenseWeights:
+    """Weights as they were before their Linears were pruned, to run a block of the dense model again."""
+
+    def __init__(self) -> None:
+        self._weights: list[tuple[torch.nn.Linear, torch.Tensor]] = []
+
+    def remember(self, targets: Sequence[PruningTarget]) -> None:
+        """Copy the weights of Linears that are about to be pruned, on the device."""
+        self._weights += [(target.module, target.module.weight.detach().clone()) for target in targets]
+
+    def watch(self, _number: int, _each: CalibrationPass) -> contextlib.AbstractContextManager[None]:
+        """The same as :meth:`in_place`, for a run of the engine."""
+        return self.in_place()
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the pruned Linears compute with their dense weights."""
+        replaced = [(module, module.__dict__.get("forward")) for module, _ in self._weights]
+        for module, weight in self._weights:
+            setattr(module, "forward", _linear(weight, module))  # noqa: B010
+        try:
+            yield
+        finally:
+            for module, forward in replaced:
+                if forward is None:
+                    del module.forward
+                else:
+                    setattr(module, "forward", forward)  # noqa: B010
+
+
+def _linear(weight: torch.Tensor, module: torch.nn.Linear) -> Any:
+    # Not the parameter itself: an offloaded one would be written to its place in main memory.
+    return lambda input: F.linear(input, weight, module.bias)
+
+
+def _matrix(matrices: dict[str, torch.Tensor], leader: str, x: torch.Tensor) -> torch.Tensor:
+    if leader not in matrices:
+        size = x.shape[-1]
+        matrices[leader] = torch.zeros(size, size, dtype=torch.float32, device=x.device)
+    return matrices[leader]
+
+
+def _weighted(each: CalibrationPass, weights: torch.Tensor) -> CalibrationPass:
+    return replace(each, row_weights=each.row_weights.to(weights.device) * weights)
+
+
+def _to_main_memory(H: torch.Tensor) -> torch.Tensor:
+    return H.to("cpu")
