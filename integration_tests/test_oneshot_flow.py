@@ -206,6 +206,12 @@ def test_corrupted_hessians_reach_their_figures(sparsity, limit, model, tokenize
     assert evaluate(model) <= limit
 
 
+def test_masks_and_weights_together_are_nearly_dense_at_75_percent(model, tokenizer, golden_windows, evaluate):
+    """Defaults on 16 × 256 tokens; dense is 59.6, SparseGPT 87.2."""
+    run_oneshot(model, tokenizer, SinkAwareADMMModifier(sparsity=0.75), golden_windows)
+    assert evaluate(model) <= 68.0
+
+
 def test_a_data_loader_without_attention_mask(model, tokenizer, golden_windows):
     loader = DataLoader([{"input_ids": row} for row in golden_windows[:2]], batch_size=1)
     oneshot(model=model, tokenizer=tokenizer, dataset=loader, recipe=[SinkAwareWandaModifier(sparsity=0.5, **QUICK)])
