@@ -165,6 +165,9 @@ def test_the_named_recipes_exist():
         "sink_aware_sparsegpt",
         "sink_aware_sparsegpt_2of4",
         "sink_aware_sparsegpt_fp8",
+        "sink_aware_admm",
+        "sink_aware_admm_2of4",
+        "sink_aware_admm_fp8",
         "wanda_as_published",
         "sparsegpt_as_published",
     }
