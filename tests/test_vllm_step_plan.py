@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sinkprune_plugin.sampling.options import SamplingOptions
-from sinkprune_plugin.vllm.step_plan import BatchLayout, SlotTable
+from sinkprune_plugin.vllm.step_plan import BatchLayout, RequestNumbers, SlotTable
 
 SLOTS = 4
 CANVAS = 64
@@ -25,7 +25,7 @@ def tell(cache, prompt, gen_length, block_length, steps):
     table.add(2, prompt, options)
     plan = table.plan(layout((2, 0, prompt, 0)))
     computed = prompt - int(plan.idle_rejected[0])
-    assert len(plan.ints) == 0
+    assert len(plan.numbers.slot) == 0
     emitted, masked, committing, story = 0, None, False, []
     while emitted < gen_length:
         remaining = gen_length - emitted
@@ -33,23 +33,24 @@ def tell(cache, prompt, gen_length, block_length, steps):
         canvas = remaining if whole else min(block_length, remaining)
         query = prompt + emitted + canvas - computed
         plan = table.plan(layout((2, computed, query, canvas)))
-        slot, number, width, count, _, noise_step, start, rejected, rejected_finished = plan.ints[0].tolist()
-        assert (slot, number, width, start) == (2, 0, min(block_length, remaining), prompt + emitted)
+        (request,) = (RequestNumbers(*row) for row in np.stack(plan.numbers, axis=1).tolist())
+        width = min(block_length, remaining)
+        assert (request.slot, request.number, request.width, request.start) == (2, 0, width, prompt + emitted)
         assert plan.rows.tolist() == list(range(width))
         assert plan.row_column.tolist() == list(range(width))
         assert int(plan.hidden_suffix[0]) == (0 if cache != "dual" else prompt + gen_length - computed - query)
         masked = width if masked is None else masked
-        unmasked = 0 if committing else min(count, masked)
+        unmasked = 0 if committing else min(request.to_unmask, masked)
         if not committing:
-            assert emitted <= noise_step < emitted + width
+            assert emitted <= request.noise_step < emitted + width
         story.append((computed, query, canvas, unmasked))
         masked -= unmasked
-        waits = masked == 0 and cache == "commit" and not committing and not plan.options[0, 3]
+        waits = masked == 0 and cache == "commit" and not committing and not request.is_last
         if masked == 0 and not waits:
-            computed += query - rejected_finished
+            computed += query - request.rejected_finished
             emitted, masked, committing = emitted + width, None, False
         else:
-            computed += query - rejected
+            computed += query - request.rejected
             committing = waits
     return story
 
@@ -96,12 +97,12 @@ def test_requests_of_all_kinds_side_by_side():
     # Canvas rows lie one request after the other: 4, 8 and 8 of them; the first 4 of each are the block.
     assert plan.rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 15]
     assert plan.row_request.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert plan.ints[:, 1].tolist() == [0, 1, 3]
-    assert plan.ints[:, 4].tolist() == [3, 1, 2]
+    assert plan.numbers.number.tolist() == [0, 1, 3]
+    assert plan.numbers.seed.tolist() == [3, 1, 2]
     assert plan.hidden_suffix.tolist() == [0, 0, 0, 0]
     plan = table.plan(layout((2, 4, 4, 4)))
     assert plan.hidden_suffix.tolist() == [4]
-    assert plan.ints[0, 5] == 1
+    assert plan.numbers.noise_step[0] == 1
 
 
 def test_a_slot_that_is_given_away_begins_anew():
@@ -110,9 +111,9 @@ def test_a_slot_that_is_given_away_begins_anew():
     table.add(0, 4, options)
     first = table.plan(layout((0, 0, 12, 8)))
     second = table.plan(layout((0, 0, 12, 8)))
-    assert (first.ints[0, 5], second.ints[0, 5]) == (0, 1)
+    assert (first.numbers.noise_step[0], second.numbers.noise_step[0]) == (0, 1)
     table.add(0, 4, options)
-    assert table.plan(layout((0, 0, 12, 8))).ints[0, 5] == 0
+    assert table.plan(layout((0, 0, 12, 8))).numbers.noise_step[0] == 0
 
 
 def test_warm_up_requests_run_past_their_generation():

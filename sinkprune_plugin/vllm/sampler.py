@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from sinkprune_plugin.sampling.select import select_unmask
 from sinkprune_plugin.sampling.tokens import propose
-from sinkprune_plugin.vllm.step_plan import StepPlan
+from sinkprune_plugin.vllm.step_plan import RequestFloats, RequestNumbers, StepPlan
 
 __all__ = ["DenoisingSampler"]
 
@@ -70,7 +70,7 @@ class DenoisingSampler:
         if plan is not None:
             if len(plan.idle):
                 self._begin(plan, num_rejected)
-            if len(plan.ints):
+            if len(plan.numbers.slot):
                 self._denoise(plan, logits, sampled, num_sampled, num_rejected)
         return SamplerOutput(
             sampled_token_ids=sampled,
@@ -96,42 +96,40 @@ class DenoisingSampler:
         num_rejected: torch.Tensor,
     ) -> None:
         device, widest = logits.device, plan.widest
-        numbers = _to_device(np.concatenate([plan.ints, plan.options], axis=1), device)
-        slot, request, width, count, seed, step, start, rejected, rejected_finished = numbers[:, :9].unbind(1)
-        remasking, top_k, commits, is_last = numbers[:, 9:].unbind(1)
-        temperature, threshold, top_p = _to_device(plan.floats, device).unbind(1)
+        numbers = RequestNumbers(*_to_device(np.stack(plan.numbers, axis=1), device).unbind(1))
+        floats = RequestFloats(*_to_device(np.stack(plan.floats, axis=1), device).unbind(1))
         row_request, row_column = _to_device(np.stack([plan.row_request, plan.row_column]), device)
 
         tokens, confidence = propose(
             logits,
-            temperature=temperature[row_request],
-            top_k=top_k[row_request],
-            top_p=top_p[row_request],
-            remasking=remasking[row_request],
-            seed=seed[row_request],
-            step=step[row_request],
-            position=start[row_request] + row_column,
+            temperature=floats.temperature[row_request],
+            top_k=numbers.top_k[row_request],
+            top_p=floats.top_p[row_request],
+            remasking=numbers.remasking[row_request],
+            seed=numbers.seed[row_request],
+            step=numbers.noise_step[row_request],
+            position=numbers.start[row_request] + row_column,
             mask_token_id=self._mask,
             needs=plan.needs,
         )
-        canvas = self._canvas[slot, :widest]
-        masked = (canvas == self._mask) & (torch.arange(widest, device=device) < width[:, None])
+        canvas = self._canvas[numbers.slot, :widest]
+        masked = (canvas == self._mask) & (torch.arange(widest, device=device) < numbers.width[:, None])
         grid = torch.full(canvas.shape, -torch.inf, dtype=confidence.dtype, device=device)
         grid[row_request, row_column] = confidence
         proposed = canvas.clone()
         proposed[row_request, row_column] = tokens.to(canvas.dtype)
-        chosen = select_unmask(torch.where(masked, grid, -torch.inf), count, threshold)
+        chosen = select_unmask(torch.where(masked, grid, -torch.inf), numbers.to_unmask, floats.threshold)
         canvas = torch.where(chosen, proposed, canvas)
 
         finished = ~(masked & ~chosen).any(dim=1)
-        committing = self._committing[slot]
-        waits = finished & (commits != 0) & (is_last == 0) & ~committing
+        committing = self._committing[numbers.slot]
+        waits = finished & (numbers.commits != 0) & (numbers.is_last == 0) & ~committing
         emits = finished & ~waits
-        self._committing[slot] = waits
-        self._canvas[slot, :widest] = torch.where(emits[:, None], self._mask, canvas)
-        sampled[request] = canvas.to(torch.int32)
-        num_sampled[request] = torch.where(emits, width, 0).to(torch.int32)
-        num_rejected[request] = torch.where(emits, rejected_finished, rejected).to(torch.int32)
+        self._committing[numbers.slot] = waits
+        self._canvas[numbers.slot, :widest] = torch.where(emits[:, None], self._mask, canvas)
+        sampled[numbers.number] = canvas.to(torch.int32)
+        num_sampled[numbers.number] = torch.where(emits, numbers.width, 0).to(torch.int32)
+        num_rejected[numbers.number] = torch.where(emits, numbers.rejected_finished, numbers.rejected).to(torch.int32)
 
 
 def _to_device(array: Any, device: torch.device) -> torch.Tensor:

@@ -15,18 +15,67 @@ commit     the block; once more when it is finished     start                   
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from sinkprune_plugin.sampling.options import CACHES, REMASKINGS, SamplingOptions
 from sinkprune_plugin.sampling.tokens import Needs
 
-__all__ = ["BatchLayout", "SlotTable", "StepPlan"]
+__all__ = ["BatchLayout", "RequestFloats", "RequestNumbers", "SlotTable", "StepPlan"]
 
 NONE, PREFIX, DUAL, COMMIT = (CACHES.index(name) for name in ("none", "prefix", "dual", "commit"))
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+Column = TypeVar("Column")
+
+
+class RequestNumbers(NamedTuple, Generic[Column]):
+    """What the sampler must know of each denoising request: (R,) int64 arrays on the host, tensors on the device.
+
+    The order is that of the columns of the one (R, 13) int64 copy to the device.
+
+    :param slot: its slot
+    :param number: its number in the batch
+    :param width: positions of its block
+    :param to_unmask: tokens to unmask
+    :param seed: its seed
+    :param noise_step: number of the noise's step
+    :param start: position in the sequence at which the block begins
+    :param rejected: query positions to compute again while the block is open
+    :param rejected_finished: query positions to compute again when the block is finished
+    :param remasking: index in ``REMASKINGS``
+    :param top_k: most likely tokens to choose from; 0 for all
+    :param commits: 1 if a finished block has to be run once more for its keys and values
+    :param is_last: 1 if the block is the last
+    """
+
+    slot: Column
+    number: Column
+    width: Column
+    to_unmask: Column
+    seed: Column
+    noise_step: Column
+    start: Column
+    rejected: Column
+    rejected_finished: Column
+    remasking: Column
+    top_k: Column
+    commits: Column
+    is_last: Column
+
+
+class RequestFloats(NamedTuple, Generic[Column]):
+    """As :class:`RequestNumbers`, float64: the columns of an (R, 3) copy to the device.
+
+    :param temperature: of the proposals; 0 takes the most likely token
+    :param threshold: confidence above which a token is unmasked at once; infinite for none
+    :param top_p: probability mass to choose from
+    """
+
+    temperature: Column
+    threshold: Column
+    top_p: Column
 
 
 @dataclass(frozen=True)
@@ -52,10 +101,8 @@ class StepPlan:
     :param rows: (N,) int64, the rows among all canvas rows of the batch, block by block
     :param row_request: (N,) int64, number of the row's request among the R
     :param row_column: (N,) int64, the row's column in its block
-    :param ints: (R, 9) int64: slot, number in the batch, width, tokens to unmask, seed, number of the noise's step,
-        start, rejected while the block is open, rejected when it is finished
-    :param options: (R, 4) int64: remasking, top_k, whether a finished block has to be committed, whether it is the last
-    :param floats: (R, 3) float64: temperature, threshold (infinite: none), top_p
+    :param numbers: integers of each denoising request
+    :param floats: numbers of each denoising request that aren't integers
     :param idle: (K,) int64, numbers in the batch of the requests that only had their prompt run
     :param idle_slots: (K,) int64, their slots
     :param idle_rejected: (K,) int64, what they reject
@@ -65,9 +112,8 @@ class StepPlan:
     rows: Ints
     row_request: Ints
     row_column: Ints
-    ints: Ints
-    options: Ints
-    floats: Floats
+    numbers: RequestNumbers[Ints]
+    floats: RequestFloats[Floats]
     idle: Ints
     idle_slots: Ints
     idle_rejected: Ints
@@ -75,17 +121,16 @@ class StepPlan:
 
     @property
     def widest(self) -> int:
-        """Width of the widest block."""
-        return int(self.ints[:, 2].max()) if len(self.ints) else 0
+        """Width of the widest block; 0 if no request denoises."""
+        return int(self.numbers.width.max(initial=0))
 
     @property
     def needs(self) -> Needs:
         """What at least one request asks of the sampler."""
-        temperature, top_p = self.floats[:, 0], self.floats[:, 2]
         return Needs(
-            noise=bool((temperature > 0).any()),
-            filters=bool((self.options[:, 1] > 0).any() or (top_p < 1).any()),
-            remaskings=frozenset(self.options[:, 0].tolist()),
+            noise=bool((self.floats.temperature > 0).any()),
+            filters=bool((self.numbers.top_k > 0).any() or (self.floats.top_p < 1).any()),
+            remaskings=frozenset(self.numbers.remasking.tolist()),
         )
 
 
@@ -105,7 +150,7 @@ class SlotTable:
         self.remasking = np.zeros(slots, np.int64)
         self.top_k = np.zeros(slots, np.int64)
         self.seed = np.zeros(slots, np.int64)
-        self.floats = np.zeros((slots, 3))
+        self.floats = RequestFloats(np.zeros(slots), np.zeros(slots), np.zeros(slots))
         # Denoising steps of each block, and where the open block begins and how many steps it has had.
         self.block_steps = np.ones((slots, canvas_length), np.int32)
         self.block_start = np.full(slots, -1, np.int64)
@@ -125,8 +170,9 @@ class SlotTable:
         self.remasking[slot] = REMASKINGS.index(options.remasking)
         self.top_k[slot] = options.top_k
         self.seed[slot] = options.seed
-        threshold = np.inf if options.threshold is None else options.threshold
-        self.floats[slot] = options.temperature, threshold, options.top_p
+        self.floats.temperature[slot] = options.temperature
+        self.floats.threshold[slot] = np.inf if options.threshold is None else options.threshold
+        self.floats.top_p[slot] = options.top_p
         blocks = len(options.blocks)
         self.block_steps[slot] = 1
         self.block_steps[slot, :blocks] = [options.steps_in_block(block) for block in range(blocks)]
@@ -172,22 +218,22 @@ class SlotTable:
             rows=canvas_begin[denoising][row_request] + row_column,
             row_request=row_request,
             row_column=row_column,
-            ints=np.stack(
-                [
-                    slot,
-                    denoising,
-                    width,
-                    count,
-                    self.seed[slot],
-                    offset + step,
-                    start,
-                    rejected,
-                    rejected_when_finished,
-                ],
-                axis=1,
+            numbers=RequestNumbers(
+                slot=slot,
+                number=denoising,
+                width=width,
+                to_unmask=count,
+                seed=self.seed[slot],
+                noise_step=offset + step,
+                start=start,
+                rejected=rejected,
+                rejected_finished=rejected_when_finished,
+                remasking=self.remasking[slot],
+                top_k=self.top_k[slot],
+                commits=(cache == COMMIT).astype(np.int64),
+                is_last=last.astype(np.int64),
             ),
-            options=np.stack([self.remasking[slot], self.top_k[slot], cache == COMMIT, last], axis=1).astype(np.int64),
-            floats=self.floats[slot],
+            floats=RequestFloats(*(column[slot] for column in self.floats)),
             idle=idle,
             idle_slots=slots[idle],
             idle_rejected=np.where(self.cache[slots[idle]] == COMMIT, 0, end[idle]),
