@@ -302,8 +302,7 @@ def _natural_order(name: str) -> list[tuple[int, int, str]]:
 
 
 def _family_name(config: dict[str, Any]) -> str | None:
-    from sinkprune_plugin.diffusion import families
+    from sinkprune_plugin.diffusion import find_family
 
-    model_type = str(config.get("model_type")).casefold()
-    known = ((family.name, each.casefold()) for family in families() for each in family.model_types)
-    return next((name for name, each in known if each == model_type), None)
+    family = find_family(config)
+    return None if family is None else family.name

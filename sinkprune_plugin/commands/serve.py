@@ -12,7 +12,7 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import load_sparse_checkpoint
 from sinkprune_plugin.formats.shard_reader import CONFIG_NAME, read_json
 from sinkprune_plugin.loading import load_tokenizer
-from sinkprune_plugin.vllm.config_hook import ARCHITECTURES
+from sinkprune_plugin.models.catalogue import ARCHITECTURES
 from sinkprune_plugin.vllm.cpu import SLOW, is_cpu_build, require_vllm, server_environment
 
 __all__ = ["cpu_options", "serve"]

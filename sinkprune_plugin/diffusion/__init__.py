@@ -12,6 +12,7 @@ from sinkprune_plugin.diffusion.families import (
     DiffusionFamily,
     DiffusionSpec,
     families,
+    find_family,
     register_family,
     resolve_diffusion,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "elbo_perplexity",
     "estimate_likelihood",
     "families",
+    "find_family",
     "mask_probability",
     "masked_token_perplexity",
     "measure_likelihood",

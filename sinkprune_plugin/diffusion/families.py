@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from sinkprune_plugin.errors import UsageError
 
-__all__ = ["DiffusionFamily", "DiffusionSpec", "families", "register_family", "resolve_diffusion"]
+__all__ = ["DiffusionFamily", "DiffusionSpec", "families", "find_family", "register_family", "resolve_diffusion"]
 
 _HOW_TO_ADD = "add yours with sinkprune_plugin.diffusion.register_family, see docs/adding-a-family.md"
 
@@ -104,6 +104,19 @@ def families() -> tuple[DiffusionFamily, ...]:
     return tuple(_FAMILIES.values())
 
 
+def find_family(config: Any) -> DiffusionFamily | None:
+    """Tell a diffusion LM from any other model.
+
+    :param config: as for :func:`resolve_diffusion`
+    :return: the family, None if the ``model_type`` belongs to none
+    """
+    model_type = _field(config, "model_type")
+    if not isinstance(model_type, str):
+        return None
+    of_type = (family for family in families() if _key(model_type) in map(_key, family.model_types))
+    return next(of_type, None)
+
+
 def resolve_diffusion(config: Any, tokenizer: Any = None, *, mask_token_id: int | None = None) -> DiffusionSpec:
     """Find a model's family and its mask token.
 
@@ -116,7 +129,13 @@ def resolve_diffusion(config: Any, tokenizer: Any = None, *, mask_token_id: int 
     :return: family, mask token and vocabulary size
     :raises UsageError: if the family is unknown, or the mask token id is missing or outside the vocabulary
     """
-    family = _find_family(_field(config, "model_type"))
+    family = find_family(config)
+    if family is None:
+        known = ", ".join(f"{family.name} (model_type {' or '.join(family.model_types)})" for family in families())
+        raise UsageError(
+            f"model_type {_field(config, 'model_type')!r} is no known family of diffusion language models; "
+            f"known: {known}; {_HOW_TO_ADD}"
+        )
     vocab_size = _vocab_size(config, family)
     candidates = (
         ("the mask_token_id given", mask_token_id),
@@ -132,16 +151,6 @@ def resolve_diffusion(config: Any, tokenizer: Any = None, *, mask_token_id: int 
     raise UsageError(
         f"no mask token id for this {family.name} model: config.mask_token_id and the tokenizer's mask_token are "
         f"missing and the family's default ({default}) is outside its vocabulary of {vocab_size}; set mask_token_id"
-    )
-
-
-def _find_family(model_type: Any) -> DiffusionFamily:
-    for family in _FAMILIES.values():
-        if isinstance(model_type, str) and _key(model_type) in {_key(t) for t in family.model_types}:
-            return family
-    known = ", ".join(f"{family.name} (model_type {' or '.join(family.model_types)})" for family in families())
-    raise UsageError(
-        f"model_type {model_type!r} is no known family of diffusion language models; known: {known}; {_HOW_TO_ADD}"
     )
 
 

@@ -14,7 +14,7 @@ from sinkprune_plugin.devices import input_device
 from sinkprune_plugin.diffusion import (
     DiffusionSpec,
     corrupt,
-    families,
+    find_family,
     resolve_diffusion,
     sample_generator,
     timestep_grid,
@@ -86,9 +86,7 @@ def find_spec(config: Any, tokenizer: Any = None) -> DiffusionSpec | None:
     :return: the diffusion spec; None if the ``model_type`` belongs to no known family
     :raises UsageError: if it is a diffusion LM but its mask token is missing
     """
-    model_type = str(getattr(config, "model_type", "")).casefold()
-    known = {name.casefold() for family in families() for name in family.model_types}
-    return resolve_diffusion(config, tokenizer) if model_type in known else None
+    return None if find_family(config) is None else resolve_diffusion(config, tokenizer)
 
 
 def observe_sinks(

@@ -2,16 +2,10 @@
 
 from typing import Any
 
-__all__ = ["ARCHITECTURES", "DEFAULT_CANVAS", "register_config_hooks"]
+from sinkprune_plugin.models.catalogue import ARCHITECTURES
 
-# Architecture → where its class is, within the folder models.
-ARCHITECTURES = {
-    "LLaDAModelLM": "llada:LLaDAModelLM",
-    # The spelling of MMaDA's official checkpoints, and that of the class which transformers writes.
-    "MMadaModelLM": "llada:MMaDAModelLM",
-    "MMaDAModelLM": "llada:MMaDAModelLM",
-    "DreamModel": "dream:DreamModel",
-}
+__all__ = ["DEFAULT_CANVAS", "register_config_hooks"]
+
 # Longest generation served unless --diffusion-config says otherwise.
 DEFAULT_CANVAS = 1024
 

@@ -1,7 +1,6 @@
 """Entry point of the group ``vllm.general_plugins``: vLLM calls it in its front end, its engine and each worker."""
 
 import importlib.util
-from typing import Any
 
 __all__ = ["TESTED_FIRST", "TESTED_UNTIL", "register"]
 
@@ -57,14 +56,13 @@ def register_configs() -> None:
     from vllm.transformers_utils import config as vllm_configs
 
     from sinkprune_plugin.models import register_configs as register_with_transformers
-    from sinkprune_plugin.models.dream.configuration_dream import DreamConfig
-    from sinkprune_plugin.models.llada.configuration_llada import LLaDAConfig, MMaDAConfig
+    from sinkprune_plugin.models.catalogue import NATIVE_MODELS
     from sinkprune_plugin.vllm.config_hook import DEFAULT_CANVAS
 
     register_with_transformers()
-    classes: tuple[Any, ...] = (LLaDAConfig, MMaDAConfig, DreamConfig)
-    for config_class in classes:
-        vllm_configs._CONFIG_REGISTRY[config_class.model_type] = config_class
+    for native in NATIVE_MODELS:
+        config_class = native.config_class()
+        vllm_configs._CONFIG_REGISTRY[native.model_type] = config_class
         # What vLLM knows diffusion models by. On the class, so that no config.json that is written gets it.
         config_class.canvas_length = DEFAULT_CANVAS
 
@@ -73,7 +71,7 @@ def register_models() -> None:
     """Make vLLM know the models, by name: importing them now might initialise CUDA before a fork."""
     from vllm import ModelRegistry
 
-    from sinkprune_plugin.vllm.config_hook import ARCHITECTURES
+    from sinkprune_plugin.models.catalogue import ARCHITECTURES
 
     for architecture, place in ARCHITECTURES.items():
         ModelRegistry.register_model(architecture, f"sinkprune_plugin.vllm.models.{place}")

@@ -9,8 +9,8 @@ from typing import Any
 
 from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.models.catalogue import ARCHITECTURES
 from sinkprune_plugin.sampling.options import SamplingOptions, parse_options
-from sinkprune_plugin.vllm.config_hook import ARCHITECTURES
 from sinkprune_plugin.vllm.request_plan import attach_plan
 
 __all__ = ["check_request", "install_validation"]

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from transformers.configuration_utils import PreTrainedConfig
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.models import register_imported
+from sinkprune_plugin.models.auto_classes import register_imported
 from sinkprune_plugin.models.number_checks import check_numbers
 
 __all__ = ["LLaDAConfig", "MMaDAConfig"]

@@ -1,0 +1,34 @@
+"""The catalogue of native models agrees with the classes that it names."""
+
+import pytest
+
+from sinkprune_plugin.diffusion import families
+from sinkprune_plugin.models.catalogue import NATIVE_MODELS
+
+each_model = pytest.mark.parametrize("native", NATIVE_MODELS, ids=lambda native: native.model_type)
+
+
+@each_model
+def test_names_resolve_to_classes_that_belong_together(native):
+    assert native.config_class().model_type == native.model_type
+    assert native.model_class().config_class is native.config_class()
+    tokenizer = native.tokenizer_class()
+    assert tokenizer is None or hasattr(tokenizer, "encode")
+
+
+@each_model
+def test_what_transformers_writes_as_architecture_is_served(native):
+    assert native.model_class().__name__ in native.architectures
+
+
+def test_every_model_type_of_a_native_family_has_a_native_class_and_no_other_has():
+    named = {native.family for native in NATIVE_MODELS}
+    known = {(family.name, kind) for family in families() if family.name in named for kind in family.model_types}
+    assert known == {(native.family, native.model_type) for native in NATIVE_MODELS}
+
+
+def test_no_model_type_or_architecture_is_listed_twice():
+    types = [native.model_type for native in NATIVE_MODELS]
+    architectures = [name for native in NATIVE_MODELS for name in native.architectures]
+    assert len(set(types)) == len(types)
+    assert len(set(architectures)) == len(architectures)
