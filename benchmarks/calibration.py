@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from sinkprune_plugin.diffusion import corrupt, resolve_diffusion, sample_generator, timestep_grid
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
+from sinkprune_plugin.models.decoder_blocks import block_linears
 from sinkprune_plugin.models.llada import LLaDAConfig, LLaDAModelLM
 from sinkprune_plugin.modifiers.mask_structure import MaskStructure
 from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot, stock_modifier
@@ -63,7 +64,7 @@ class ExplicitAttention(TorchFunctionMode):
 def published(model: Any, windows: torch.Tensor) -> None:
     """Two passes for every sample and timestep, then Wanda on the sums of norms."""
     spec = resolve_diffusion(model.config)
-    linears = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".blocks." in n]
+    linears = block_linears(model).values()
     norms: dict[torch.nn.Module, torch.Tensor] = {}
     weights = torch.empty(0)
 

@@ -31,14 +31,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sinkprune_plugin.formats import bitmask, bitmask24, convert_checkpoint
+from sinkprune_plugin.formats import bitmask24, convert_checkpoint
 from sinkprune_plugin.formats.digests import file_digest
 from sinkprune_plugin.formats.safetensors_header import TensorSpec
 from sinkprune_plugin.formats.shard_writer import ShardWriter, shard_names, tensor_bytes
+from sinkprune_plugin.formats.stored_weights import CODECS
 
 ROWS, COLUMNS = 4096, 12288
 OLD_RELEASE = "0.14.0"
-CODECS = {"sparse-bitmask": bitmask, "sparse-24-bitmask": bitmask24}
 ROUTES = [("dense", "sparse-24-bitmask"), ("sparse-24-bitmask", "sparse-bitmask"), ("sparse-bitmask", "dense")]
 
 

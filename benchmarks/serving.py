@@ -221,13 +221,14 @@ def sparse_against_dense(directory: Path, folder: Path, work: Work, rounds: int,
     from transformers import AutoModelForCausalLM
 
     from sinkprune_plugin.formats import convert_checkpoint
+    from sinkprune_plugin.models.decoder_blocks import block_linears
 
     prompt_length, gen_length, block_length, steps = work
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
-    for parameter_name, weight in model.named_parameters():
-        if ".blocks." in parameter_name and weight.dim() == 2:
-            groups = weight.data.view(-1, 4)
-            weight.data = groups.scatter(1, groups.float().abs().topk(2, largest=False).indices, 0).view(weight.shape)
+    for module in block_linears(model).values():
+        weight = module.weight
+        groups = weight.data.view(-1, 4)
+        weight.data = groups.scatter(1, groups.float().abs().topk(2, largest=False).indices, 0).view(weight.shape)
     model.save_pretrained(folder / "dense")
     convert_checkpoint(folder / "dense", folder / "sparse", "sparse-24-bitmask", progress=False)
     prompts = torch.randint(5, 300, (8, prompt_length), generator=torch.Generator().manual_seed(0))

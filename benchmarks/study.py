@@ -25,6 +25,7 @@ from tqdm import tqdm
 from sinkprune_plugin.diffusion import RowScores, resolve_diffusion, score_windows
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
+from sinkprune_plugin.models.decoder_blocks import block_linears
 from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot
 from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
 
@@ -76,7 +77,7 @@ class Bench:
         """
         spec = resolve_diffusion(model.config)
         scores = score_windows(model, self.test, spec, num_samples=CORRUPTIONS, seed=0, batch_size=16)
-        weights = [m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".blocks." in n]
+        weights = [module.weight for module in block_linears(model).values()]
         zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
         return {"windows": window_losses(scores), "zeros": round(zeros, 5)}
 
@@ -98,9 +99,7 @@ def prune_by_magnitude(model: Any, sparsity: float, structure: str) -> None:
     :param structure: ``0:0`` or N:M
     """
     zeros, width = (int(part) for part in structure.split(":"))
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or ".blocks." not in name:
-            continue
+    for module in block_linears(model).values():
         weight = module.weight.data
         groups = weight.reshape(-1, width) if width else weight
         removed = zeros if width else int(weight.shape[1] * sparsity)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
+from sinkprune_plugin.models.decoder_blocks import block_linears
 from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
@@ -25,9 +26,8 @@ def test_a_model_loaded_on_the_cpu_is_pruned_on_the_gpu(cls, dtype, place, token
     modifier = cls(sparsity=0.5, diffusion_steps=4, sample_interval=2, hidden_states=place)
     run_oneshot(model, tokenizer, modifier, golden_windows[:4, :128])
     assert torch.cuda.max_memory_allocated() > 0, "nothing ran on the GPU"
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and ".blocks." in name:
-            assert float((module.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.006), name
+    for name, module in block_linears(model).items():
+        assert float((module.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.006), name
 
 
 @pytest.mark.parametrize("cls", [SinkAwareWandaModifier, SinkAwareSparseGPTModifier])

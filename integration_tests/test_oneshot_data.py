@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
+from sinkprune_plugin.models.decoder_blocks import block_linears
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
 from sinkprune_plugin.text_windows import embedded_text, read_documents
@@ -42,11 +43,7 @@ def prune(rows, modifier, *, global_seed, **arguments):
     arguments = {"num_calibration_samples": 4, "max_seq_length": 64, **arguments}
     data = Dataset.from_dict({"text": rows})
     oneshot(model=model, tokenizer=str(EMBEDDED_MODEL), dataset=data, recipe=[modifier], **arguments)
-    return {
-        name: module.weight == 0
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".blocks." in name
-    }
+    return {name: module.weight == 0 for name, module in block_linears(model).items()}
 
 
 def equal(first, second):

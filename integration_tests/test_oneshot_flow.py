@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from sinkprune_plugin.formats import load_sparse_checkpoint
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
+from sinkprune_plugin.models.decoder_blocks import block_linears
 from sinkprune_plugin.modifiers.admm import SinkAwareADMMModifier
 from sinkprune_plugin.modifiers.oneshot_flow import calibration_dataset, run_oneshot
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
@@ -21,14 +22,6 @@ from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
 ALL = [SinkAwareWandaModifier, SinkAwareSparseGPTModifier, SinkAwareADMMModifier]
 # A coarse grid keeps a full lifecycle at about a second.
 QUICK = {"diffusion_steps": 4, "sample_interval": 2}
-
-
-def block_linears(model):
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".blocks." in name
-    }
 
 
 def sparsities(model):

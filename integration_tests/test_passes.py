@@ -13,12 +13,12 @@ from loguru import logger
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
+from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
 from sinkprune_plugin.modifiers import hidden_states
 from sinkprune_plugin.modifiers.hidden_states import HiddenStates
 from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot
 from sinkprune_plugin.modifiers.passes import CalibrationPass, PassEngine
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
-from sinkprune_plugin.modifiers.targets import find_decoder_blocks
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
 
 QUICK = {"sparsity": 0.5, "diffusion_steps": 4, "sample_interval": 2}

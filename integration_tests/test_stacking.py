@@ -10,6 +10,7 @@ from loguru import logger
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
+from sinkprune_plugin.models.decoder_blocks import block_linears
 from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
@@ -25,14 +26,6 @@ def pruner(cls=SinkAwareWandaModifier, **fields):
 def gptq(**weights):
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64, **weights}
     return GPTQModifier(config_groups={"group_0": {"targets": BLOCKS, "weights": weights}})
-
-
-def linears(model):
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".blocks." in name
-    }
 
 
 def follows_2_of_4(weight):
@@ -52,7 +45,7 @@ def pruned_alone(model, tokenizer, windows):
     def run(cls):
         if cls not in cache:
             run_oneshot(model, tokenizer, pruner(cls), windows)
-            cache[cls] = {name: module.weight.detach().clone() for name, module in linears(model).items()}
+            cache[cls] = {name: module.weight.detach().clone() for name, module in block_linears(model).items()}
         return cache[cls]
 
     return run
@@ -70,14 +63,14 @@ def pruned_alone(model, tokenizer, windows):
 def test_gptq_keeps_the_zeros_and_saves_what_is_in_memory(cls, weights, tokenizer, windows, pruned_alone, tmp_path):
     model = load_model(EMBEDDED_MODEL, torch.float32)
     run_oneshot(model, tokenizer, [pruner(cls), gptq(**weights)], windows)
-    for name, module in linears(model).items():
+    for name, module in block_linears(model).items():
         before = pruned_alone(cls)[name]
         assert bool((module.weight[before == 0] == 0).all()), name
         assert not torch.equal(module.weight, before), name
         assert not module._forward_pre_hooks
-    quantized = {name: module.weight.detach().clone() for name, module in linears(model).items()}
+    quantized = {name: module.weight.detach().clone() for name, module in block_linears(model).items()}
     model.save_pretrained(str(tmp_path))
-    for name, module in linears(decompressed(tmp_path)).items():
+    for name, module in block_linears(decompressed(tmp_path)).items():
         torch.testing.assert_close(module.weight.float(), quantized[name], rtol=1e-3, atol=1e-6)
         assert bool((module.weight[pruned_alone(cls)[name] == 0] == 0).all()), name
 
@@ -116,7 +109,7 @@ def test_autoround_keeps_the_zeros(tokenizer, windows, pruned_alone):
     model = load_model(EMBEDDED_MODEL, torch.float32)
     rounding = AutoRoundModifier(config_groups=gptq().config_groups, iters=1, enable_torch_compile=False)
     run_oneshot(model, tokenizer, [pruner(), rounding], windows)
-    for name, module in linears(model).items():
+    for name, module in block_linears(model).items():
         before = pruned_alone(SinkAwareWandaModifier)[name]
         assert bool((module.weight[before == 0] == 0).all()), name
         assert not torch.equal(module.weight, before), name
@@ -128,7 +121,7 @@ def test_a_scaling_keeps_the_zeros(tokenizer, windows, pruned_alone):
     scaling = SmoothQuantModifier(mappings=[[["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*attn_norm"]])
     run_oneshot(model, tokenizer, [pruner(), scaling], windows)
     alone = pruned_alone(SinkAwareWandaModifier)
-    for name, module in linears(model).items():
+    for name, module in block_linears(model).items():
         assert bool((module.weight[alone[name] == 0] == 0).all()), name
         assert torch.equal(module.weight, alone[name]) != name.endswith(("q_proj", "k_proj", "v_proj")), name
 

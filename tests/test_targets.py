@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.modifiers.targets import find_decoder_blocks, resolve_targets
+from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
+from sinkprune_plugin.modifiers.targets import resolve_targets
 
 
 class Block(torch.nn.Module):
@@ -32,6 +33,13 @@ BLOCK_LINEARS = ["blocks.0.q_proj", "blocks.0.up_proj", "blocks.1.q_proj", "bloc
 
 def test_class_names_reach_into_blocks_only():
     assert names(Model(), ["Linear"]) == BLOCK_LINEARS
+
+
+def test_linears_of_the_blocks_are_what_the_class_name_selects():
+    model = Model()
+    found = block_linears(model)
+    assert [*found] == BLOCK_LINEARS
+    assert all(model.get_submodule(name) is module for name, module in found.items())
 
 
 def test_the_head_is_pruned_only_when_named():

@@ -7,9 +7,10 @@ from compressed_tensors.utils import match_named_modules
 from loguru import logger
 
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
 from sinkprune_plugin.modifiers.routed_experts import refuse_routed_experts
 
-__all__ = ["PruningTarget", "find_decoder_blocks", "resolve_targets"]
+__all__ = ["PruningTarget", "resolve_targets"]
 
 
 @dataclass(frozen=True)
@@ -24,46 +25,6 @@ class PruningTarget:
     name: str
     module: torch.nn.Linear
     block: int | None
-
-
-def find_decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
-    """Find the list of decoder blocks: the outermost ``ModuleList`` with as many entries as the config has layers.
-
-    The longest list isn't it in a model with 16 layers of 64 experts. Without a number in the config it is the longest
-    of the outermost lists whose entries are all of one class.
-
-    :param model: any decoder-only transformer
-    :return: name of the list, and the list
-    :raises UsageError: if the model has no such list
-    """
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList)
-        and any(isinstance(child, torch.nn.Linear) for entry in module for child in entry.modules())
-    ]
-    inner = {id(child) for _, module in lists for entry in module for child in entry.modules()}
-    outermost = [(name, module) for name, module in lists if id(module) not in inner]
-    number = _number_of_layers(model)
-    if number is not None:
-        found = [entry for entry in outermost if len(entry[1]) == number]
-        wanted = f"of {number} decoder blocks, as its config says"
-    else:
-        one_class = [entry for entry in outermost if len({type(child) for child in entry[1]}) == 1]
-        found = sorted(one_class, key=lambda entry: len(entry[1]), reverse=True)
-        wanted = "of decoder blocks (a ModuleList of one block class)"
-    if not found:
-        raise UsageError(
-            f"{type(model).__name__} has no list {wanted}; sink-aware pruning needs a decoder-only transformer"
-        )
-    return found[0]
-
-
-def _number_of_layers(model: torch.nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    # Official LLaDA code has the second name only.
-    numbers = [getattr(config, key, None) for key in ("num_hidden_layers", "n_layers")]
-    return next((number for number in numbers if isinstance(number, int)), None)
 
 
 def resolve_targets(
