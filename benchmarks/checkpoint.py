@@ -31,7 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sinkprune_plugin.formats import bitmask24, convert_checkpoint
+from sinkprune_plugin.formats import bitmask, bitmask24, convert_checkpoint
 from sinkprune_plugin.formats.digests import file_digest
 from sinkprune_plugin.formats.safetensors_header import TensorSpec
 from sinkprune_plugin.formats.shard_writer import ShardWriter, shard_names, tensor_bytes

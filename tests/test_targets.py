@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
+from sinkprune_plugin.models.decoder_blocks import block_linears, find_decoder_blocks
 from sinkprune_plugin.modifiers.targets import resolve_targets
 
 
