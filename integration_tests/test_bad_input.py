@@ -43,7 +43,7 @@ QUICK = {"diffusion_steps": 4, "sample_interval": 2}
         ({"sparsity": 0.5, "save_format": "os:system"}, "sparse-24-bitmask"),
     ],
 )
-def test_fields(cls, fields, message):
+def test_fields_out_of_range_are_refused(cls, fields, message):
     with pytest.raises(ValidationError, match=message):
         cls(**fields)
 

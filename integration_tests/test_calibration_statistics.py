@@ -148,7 +148,7 @@ TOLERANCE = {"rtol": 2e-4, "atol": 1e-6}
 @pytest.mark.parametrize("budget", [None, 0])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("aggregation", ["sum_of_norms", "sum_of_squares"])
-def test_wanda(weighting, budget, aggregation, reference, loader, tokenizer, monkeypatch):
+def test_wanda_sums_equal_a_plain_loop(weighting, budget, aggregation, reference, loader, tokenizer, monkeypatch):
     """Every weighting, with and without memory for one sweep."""
     if budget is not None:
         monkeypatch.setattr(wanda_base, "ONE_SWEEP_BYTES", budget)

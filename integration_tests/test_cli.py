@@ -68,7 +68,7 @@ def test_prune_writes_a_whole_checkpoint_with_its_provenance(pruned):
     assert "SinkAwareWandaModifier" in record["settings"]["recipe"]
 
 
-def test_info(pruned):
+def test_info_prints_a_table_or_json(pruned):
     table = run_here("info", pruned)
     assert table.returncode == 0, table.stderr
     assert "up_proj" in table.stdout
@@ -80,7 +80,7 @@ def test_info(pruned):
     assert found["file_bytes"] > 0
 
 
-def test_sinks(tmp_path):
+def test_sinks_writes_numbers_and_a_plot(tmp_path):
     done = run_process("sinks", EMBEDDED_MODEL, "--num-samples", 2, "--seq-len", 64, "--output", tmp_path / "sinks")
     assert done.returncode == 0, done.stderr
     assert "sinks" in done.stdout
@@ -89,7 +89,7 @@ def test_sinks(tmp_path):
     assert (tmp_path / "sinks" / "sinks.png").stat().st_size > 10_000
 
 
-def test_prune_refuses(tmp_path, recipe, pruned):
+def test_prune_refuses_bad_input_before_it_writes(tmp_path, recipe, pruned):
     out = tmp_path / "out"
     quick = ("--num-samples", 2, "--seq-len", 64, "--output", out)
     fails("recipe no-such.yaml doesn't exist", "prune", EMBEDDED_MODEL, "--recipe", "no-such.yaml", *quick, output=out)
@@ -122,7 +122,7 @@ def test_a_model_with_nan_is_refused_and_nothing_is_written(tmp_path, recipe):
     fails("calibration batch 0", "prune", model, "--recipe", recipe, *quick, output=out)
 
 
-def test_info_refuses(tmp_path):
+def test_info_refuses_what_is_no_checkpoint(tmp_path):
     fails("has no config.json", "info", tmp_path)
     (tmp_path / "config.json").write_text("{")
     fails("isn't readable JSON", "info", tmp_path)

@@ -92,7 +92,7 @@ def test_there_and_back(two_of_four, tmp_path, to, layout):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "sparse"]
 
 
-def test_auto(two_of_four, half, tmp_path):
+def test_auto_takes_the_smallest_format_that_fits(two_of_four, half, tmp_path):
     said = checked("convert", two_of_four, "--to", "auto", "--output", tmp_path / "a")
     assert said.startswith("sparse-24-bitmask: ")
     said = checked("convert", half, "--to", "auto", "--output", tmp_path / "b", run=run_process)
@@ -162,7 +162,7 @@ def test_refused_and_nothing_left_behind(two_of_four, half, tmp_path):
     assert contents(two_of_four) == before
 
 
-def test_overwrite(half, tmp_path):
+def test_overwrite_replaces_the_output_even_in_place(half, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "old.txt").write_text("old")

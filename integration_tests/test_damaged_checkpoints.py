@@ -240,7 +240,7 @@ NOT_OURS = {
 @pytest.mark.parametrize("load", LOADERS)
 @pytest.mark.parametrize("sparse_format", ["sparse-bitmask", "sparse-24-bitmask"])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_undamaged(tensors, tmp_path, load, sparse_format, shards):
+def test_every_loader_reads_the_undamaged_checkpoint(tensors, tmp_path, load, sparse_format, shards):
     found = load(write(tensors, tmp_path / "c", sparse_format, shards))
     assert found.keys() == tensors[0].keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors[0].items())

@@ -185,7 +185,7 @@ def run_in_process(program, arguments, monkeypatch):
 
 
 @to_run("command")
-def test_command(example, bench, monkeypatch):
+def test_a_documented_command_runs(example, bench, monkeypatch):
     program, *arguments = words_of(example)
     if program == "make":
         # That the target is there; what it does takes minutes and is what runs these tests.
@@ -199,7 +199,7 @@ def test_command(example, bench, monkeypatch):
 
 
 @to_run("python")
-def test_python(example, bench, tokenizer, golden_windows, monkeypatch):
+def test_a_documented_python_example_runs(example, bench, tokenizer, golden_windows, monkeypatch):
     folder = bench(set())
     (folder / "example.py").write_text(example.text)
     from llmcompressor import oneshot
@@ -224,7 +224,7 @@ def test_python(example, bench, tokenizer, golden_windows, monkeypatch):
 
 
 @to_run("yaml")
-def test_yaml(example):
+def test_a_documented_recipe_is_one_and_equals_its_file(example):
     from llmcompressor.recipe import Recipe
 
     named = re.match(r"# (recipes/\S+)\n", example.text)

@@ -41,7 +41,7 @@ def prune(run, folder, *more):
     return lines_of(run("prune", EMBEDDED_MODEL, *options, *more))
 
 
-def test_prune(tmp_path):
+def test_prune_says_one_line_for_each_stage(tmp_path):
     stdout, stderr = prune(run_process, tmp_path)
     assert stdout == [f"pruned model written to {tmp_path / 'out'}"]
     beginnings = [
@@ -61,7 +61,7 @@ def test_prune(tmp_path):
         assert not any(shown in line for line in stderr), shown
 
 
-def test_demo(tmp_path):
+def test_the_demo_says_one_line_for_each_method(tmp_path):
     command = [sys.executable, "-c", SMALL_DEMO, "out"]
     stdout, stderr = lines_of(subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path))
     methods = ["dense", "wanda", "sparsegpt", "sink-aware-wanda", "sink-aware-sparsegpt"]

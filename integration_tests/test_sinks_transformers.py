@@ -64,7 +64,7 @@ def test_padding_of_an_autoregressive_model(side, inputs):
     assert (capture.mass[:, ~real] == 0).all()
 
 
-def test_bfloat16_model(inputs):
+def test_mass_of_a_bfloat16_model_is_summed_in_float32(inputs):
     model = make(LlamaForCausalLM, LlamaConfig, dtype=torch.bfloat16)
     with torch.no_grad(), capture_attention_mass() as capture:
         model(inputs)

@@ -168,7 +168,7 @@ def test_checkpoints_of_the_old_writer(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, "auto"])
-def test_dtype(pruned, tmp_path, dtype):
+def test_weights_come_in_the_dtype_asked_for(pruned, tmp_path, dtype):
     loaded = AutoModelForCausalLM.from_pretrained(_write(pruned, tmp_path), dtype=dtype)
     expected = torch.bfloat16 if dtype == "auto" else dtype
     assert {tensor.dtype for tensor in loaded.parameters()} == {expected}
@@ -184,7 +184,7 @@ def test_base_model_whose_names_lose_their_prefix(llama, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
-def test_device_map(pruned, tmp_path, device_map):
+def test_a_device_map_changes_no_weight(pruned, tmp_path, device_map):
     loaded = AutoModelForCausalLM.from_pretrained(_write(pruned, tmp_path), dtype="auto", device_map=device_map)
     _assert_same(loaded.cpu(), pruned)
 
@@ -223,7 +223,7 @@ def test_experts_that_transformers_merges(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["mask", "mixed"])
-def test_damaged_expert(tmp_path, damage):
+def test_a_damaged_expert_is_refused_in_one_line(tmp_path, damage):
     torch.manual_seed(0)
     model = _prune(MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)).bfloat16())
     _write(model, tmp_path)
@@ -359,7 +359,7 @@ def _change(directory, change):
 
 @pytest.mark.parametrize("sparse_format", FORMATS)
 @pytest.mark.parametrize("part", ["compressed", "bitmask", "shape", "row_offsets"])
-def test_missing_part(llama, tmp_path, sparse_format, part):
+def test_a_missing_part_of_a_weight_is_named(llama, tmp_path, sparse_format, part):
     if sparse_format == "sparse-24-bitmask" and part == "row_offsets":
         pytest.skip("not a part of this format")
     _write(llama, tmp_path, sparse_format)

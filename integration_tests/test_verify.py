@@ -53,7 +53,7 @@ def report(pruned):
     return output
 
 
-def test_report(report, pruned):
+def test_the_report_holds_quality_samples_size_speed_and_sinks(report, pruned):
     names = {path.name for path in report.iterdir()}
     plots = {"perplexity.png", "agreement.png", "speed.png", "sparsity.png"}
     assert names >= plots | {"report.json", "report.html", "sinkprune_provenance.json", "sinks-dense", "sinks-pruned"}
@@ -117,7 +117,7 @@ def copy_of(source, target):
     return target
 
 
-def test_refuses(pruned, report, tmp_path):
+def test_verify_refuses_bad_input_before_it_writes(pruned, report, tmp_path):
     out = tmp_path / "out"
     refused("has no config.json", EMBEDDED_MODEL, tmp_path, output=out)
     refused("backend 'tensorrt' is unknown", EMBEDDED_MODEL, pruned, "--backend", "tensorrt", output=out)

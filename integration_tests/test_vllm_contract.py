@@ -54,7 +54,7 @@ def test_the_scheduler_takes_nothing_beyond_the_canvas_for_diffusion_models():
 
 
 @pytest.mark.parametrize("name", ["num_tokens_with_spec", "num_output_tokens"])
-def test_request_counts(name):
+def test_requests_count_their_tokens_by_properties(name):
     assert isinstance(inspect.getattr_static(Request, name), property)
 
 

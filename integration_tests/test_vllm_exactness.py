@@ -74,7 +74,7 @@ def prompt_of(text_ids, length, rng):
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_greedy(cache, engine, plain, text_ids):
+def test_greedy_tokens_equal_those_of_the_plain_sampler(cache, engine, plain, text_ids):
     rng = random.Random(0)
     shapes = [
         # prompt, max_tokens, options

@@ -140,7 +140,7 @@ def test_registering_again_changes_nothing(tmp_path):
     [("0.32.0", True), ("0.32.1", True), ("0.32.0+cpu", True), ("0.33.0", False), ("0.31.2", False), ("1.32.0", False),
      ("0.32rc1", False), ("dev", False)],
 )  # fmt: skip
-def test_versions(version, tested):
+def test_versions_of_vllm_that_were_tested(version, tested):
     from sinkprune_plugin.vllm.register import is_tested
 
     assert is_tested(version) is tested
@@ -165,7 +165,7 @@ LLADAS = {
 
 
 @pytest.mark.parametrize("name", LLADAS)
-def test_llada(name, tmp_path, load, logits):
+def test_llada_gives_the_logits_of_the_plain_model(name, tmp_path, load, logits):
     config, _ = write_llada(tmp_path, **LLADAS[name])
     found = check_same_logits(LLaDAModelLM, tmp_path, config, load, logits)
     # Padded rows of the embedding are valid tokens.
@@ -173,7 +173,7 @@ def test_llada(name, tmp_path, load, logits):
 
 
 @pytest.mark.parametrize("architecture", ["MMadaModelLM", "MMaDAModelLM"])
-def test_mmada(architecture, tmp_path, load, logits):
+def test_mmada_gives_the_logits_of_the_plain_model(architecture, tmp_path, load, logits):
     config, _ = write_llada(tmp_path, model_type="mmada", architectures=[architecture])
     check_same_logits(LLaDAModelLM, tmp_path, config, load, logits)
 
@@ -184,7 +184,7 @@ def test_mmada(architecture, tmp_path, load, logits):
      {"hidden_act": "relu2"}],
     ids=["official", "all heads", "tied", "gelu", "an activation without kernel"],
 )  # fmt: skip
-def test_dream(changes, tmp_path, load, logits):
+def test_dream_gives_the_logits_of_the_plain_model(changes, tmp_path, load, logits):
     config, _ = write_dream(tmp_path, **changes)
     check_same_logits(DreamModel, tmp_path, config, load, logits)
 
@@ -476,7 +476,7 @@ def test_two_of_four_on_sparse_tensor_cores(tmp_path, load, logits, monkeypatch)
     torch.testing.assert_close(logits(model, vllm_config, tokens), expected, rtol=5e-2, atol=1e-1)
 
 
-def test_hostile_format(pruned, tmp_path, load):
+def test_a_hostile_format_is_refused_by_its_name(pruned, tmp_path, load):
     folder, config = pruned
     block = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "os:system", "targets": ["Linear"]}}
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": block}))

@@ -49,7 +49,7 @@ def test_all_is_masked_at_the_last_timestep():
 
 
 @pytest.mark.parametrize("t", [0.02, 0.1, 0.5, 0.9])
-def test_rate(t):
+def test_tokens_are_masked_at_the_rate_of_the_timestep(t):
     ids = token_ids(64, 512)
     count = run(ids, t).corrupted.sum().item()
     p, n = mask_probability(t, EPS), ids.numel()
@@ -157,7 +157,7 @@ def test_one_timestep_a_row():
         ({"attention_mask": torch.ones(2, 7)}, r"attention_mask has shape \(2, 7\), input_ids \(2, 8\)"),
     ],
 )
-def test_errors(changes, message):
+def test_arguments_that_contradict_each_other_are_refused(changes, message):
     arguments = {
         "input_ids": token_ids(2, 8),
         "timestep": 0.5,

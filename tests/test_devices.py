@@ -33,7 +33,7 @@ def machine(monkeypatch):
         ("mps", "mps", "mps"),
     ],
 )
-def test_choice(machine, kind, wanted, chosen):
+def test_the_device_asked_for_is_chosen_and_auto_takes_an_accelerator(machine, kind, wanted, chosen):
     machine(kind, count=2)
     assert choose_device(wanted) == torch.device(chosen)
 
@@ -58,7 +58,7 @@ def test_a_device_that_is_not_there_is_refused(machine, kind, wanted, message):
         choose_device(wanted)
 
 
-def test_torch_is_asked():
+def test_without_a_wish_torch_is_asked_for_an_accelerator():
     expected = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     assert choose_device() == expected
 

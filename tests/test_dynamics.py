@@ -11,7 +11,7 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.sinks import sink_dynamics
 
 
-def test_by_hand():
+def test_dynamics_of_four_positions_equal_those_counted_by_hand():
     # One sample, four steps, four positions: position 0 is a sink always, 2 once, 3 never though it leads once.
     mass = torch.tensor([[[6.0, 1, 1, 2], [6, 1, 1, 2], [2, 1, 6, 1], [2, 1, 1, 6]]])
     masks = torch.tensor([[[1.0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0.4]]])

@@ -168,7 +168,7 @@ def test_masked_counts_are_stratified(length, samples, seed):
         ([1], [[1]], SHIFTED, "keeps a sequence's last token; give an ending"),
     ],
 )
-def test_wrong_input(context, answers, spec, message):
+def test_answers_that_cannot_be_scored_are_refused(context, answers, spec, message):
     with pytest.raises(UsageError, match=message):
         answer_log_likelihoods(Model(), context, answers, spec)
 

@@ -37,7 +37,7 @@ def test_dream_keeps_both_ends_and_shifts_logits():
 @pytest.mark.parametrize(
     ("model_type", "name"), [("llada", "llada"), ("mmada", "llada"), ("Dream", "dream"), ("dream", "dream")]
 )
-def test_model_types(model_type, name):
+def test_model_types_belong_to_their_family_whatever_their_case(model_type, name):
     assert resolve_diffusion(config(model_type, mask_token_id=5)).name == name
 
 

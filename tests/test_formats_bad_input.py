@@ -59,19 +59,19 @@ def flip(tensor, index, bits=1):
 
 
 @pytest.mark.parametrize("part", ["compressed", "bitmask", "shape"])
-def test_missing_part(checkpoint, part):
+def test_a_missing_part_is_named(checkpoint, part):
     edit_tensors(checkpoint, lambda tensors: tensors.pop(f"{FIRST}.{part}"))
     refused(
         checkpoint, f"^{TARGETS[0]}: .* is in .*model.safetensors, but {FIRST}.{part}, which sparse-.* is in no file"
     )
 
 
-def test_flipped_mask_bit(checkpoint):
+def test_a_flipped_bit_of_the_mask_is_noticed(checkpoint):
     edit_tensors(checkpoint, lambda tensors: flip(tensors[f"{FIRST}.bitmask"], 5))
     refused(checkpoint, rf"^{TARGETS[0]} \(model\.safetensors\): .* bits? set")
 
 
-def test_values_cut_off(checkpoint):
+def test_values_that_are_cut_off_are_noticed(checkpoint):
     def cut(tensors):
         tensors[f"{FIRST}.compressed"] = tensors[f"{FIRST}.compressed"][:-1]
 
@@ -134,20 +134,20 @@ def test_sparse_weights_without_a_sparsity_config(checkpoint, damage):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 10**5, '{"quantization_config": 3}', "\udcff"])
-def test_broken_config(checkpoint, text):
+def test_a_broken_config_is_refused_naming_it(checkpoint, text):
     (checkpoint / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     refused(checkpoint, r"config\.json")
 
 
 @pytest.mark.parametrize("length", [0, 7, 8, 100, -1000, -1])
-def test_truncated_file(checkpoint, length):
+def test_a_truncated_weight_file_is_refused_naming_it(checkpoint, length):
     file = checkpoint / "model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[:length])
     refused(checkpoint, r"model\.safetensors")
 
 
-def test_not_readable(checkpoint, monkeypatch):
+def test_a_directory_in_place_of_the_weight_file_is_refused(checkpoint, monkeypatch):
     (checkpoint / "model.safetensors").unlink()
     (checkpoint / "model.safetensors").mkdir()
     refused(checkpoint, "has neither model.safetensors nor")
@@ -235,7 +235,7 @@ def test_random_configuration(small, tmp_path, value, key):
 
 @pytest.mark.parametrize("written", [0, 1000, 8000])
 @pytest.mark.parametrize("form", ["save", "spool", "convert"])
-def test_disk_full(tmp_path, monkeypatch, written, form):
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, written, form):
     source = write_dense(tmp_path / "source", model(), shards=2)
     room = [written]
     pwrite = os.pwrite

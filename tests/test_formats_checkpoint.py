@@ -119,7 +119,7 @@ def test_auto_takes_the_smallest_that_fits(tmp_path):
     assert set(some.targets) == set(TARGETS[1:])
 
 
-def test_sizes(tmp_path):
+def test_stored_bytes_are_those_of_values_masks_and_shapes(tmp_path):
     tensors = {"layers.0.weight": two_of_four(256, 512), "layers.1.weight": two_of_four(256, 512)}
     written = save_sparse_checkpoint(tensors, tmp_path / "24", config={})
     # Half the values, a bit for each weight, and the two shapes.
@@ -132,7 +132,7 @@ def test_sizes(tmp_path):
     assert (tmp_path / "75" / "model.safetensors").stat().st_size - written.stored_bytes < 500
 
 
-def test_named_targets(tmp_path):
+def test_targets_named_by_the_user_are_stored_sparse(tmp_path):
     tensors = model()
     written = save_sparse_checkpoint(tensors, tmp_path / "a", format="sparse-bitmask", targets=["lm_head.weight"])
     assert written.targets == ("lm_head.weight",)
@@ -212,7 +212,7 @@ def test_between_the_sparse_formats(tmp_path):
         assert (tmp_path / "24 again" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_resharded(tmp_path):
+def test_a_checkpoint_is_resharded_up_and_down(tmp_path):
     source = write_dense(tmp_path / "source", model())
     convert_checkpoint(source, tmp_path / "small", "sparse-bitmask", max_shard_bytes=4000)
     files = sorted((tmp_path / "small").glob("*.safetensors"))
@@ -364,7 +364,7 @@ def test_source_of_other_files(tmp_path):
         save_sparse_checkpoint(model(), tmp_path / "new", source=tmp_path / "nowhere")
 
 
-def test_in_place(tmp_path):
+def test_converting_in_place_replaces_what_is_there(tmp_path):
     source = write_dense(tmp_path / "source", model(), shards=3)
     with pytest.raises(UsageError, match="exists and has"):
         convert_checkpoint(source, source, "auto")
@@ -407,7 +407,7 @@ def test_the_mapping_is_lazy(tmp_path):
         ({"targets": "layers.0.weight"}, "targets is the text"),
     ],
 )
-def test_wrong_requests(tmp_path, options, message):
+def test_options_that_mean_nothing_are_refused(tmp_path, options, message):
     with pytest.raises(UsageError, match=message):
         save_sparse_checkpoint(model(), tmp_path / "out", **options)
 

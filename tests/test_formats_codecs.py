@@ -345,7 +345,7 @@ COMMON_DAMAGE = [
 
 @pytest.mark.parametrize(("damage", "message"), COMMON_DAMAGE)
 @pytest.mark.parametrize("codec", CODECS, ids=ids)
-def test_damaged_parts(codec, damage, message):
+def test_damaged_parts_are_refused_naming_the_weight(codec, damage, message):
     parts = good_parts(codec)
     damage(parts)
     with pytest.raises(UsageError, match=message) as raised:

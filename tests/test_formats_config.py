@@ -37,7 +37,7 @@ def test_both_dispatch_keys(method):
     assert found.quantization == {}
 
 
-def test_oldest_layout():
+def test_the_oldest_layout_is_read_from_compression_config():
     found = read_sparsity_config({"compression_config": {"sparsity_config": {"format": "sparse-bitmask"}}})
     assert found.format is CheckpointFormat.SPARSE_BITMASK
     assert found.quant_method is found.targets is found.ignore is found.global_sparsity is None
@@ -102,7 +102,7 @@ def test_error_of_a_hostile_format_is_one_short_line():
         ({"quantization_config": {"sparsity_config": SPARSITY | {"ignore": [1]}}}, "ignore in .* isn't a list"),
     ],
 )
-def test_malformed(config, message):
+def test_a_malformed_sparsity_config_is_refused(config, message):
     with pytest.raises(UsageError, match=message):
         read_sparsity_config(config)
 
@@ -138,7 +138,7 @@ def test_legacy_layout_is_what_the_old_writer_wrote():
     }
 
 
-def test_own_layout():
+def test_the_own_layout_has_its_own_dispatch_key():
     block = add({}, "sinkprune", CheckpointFormat.SPARSE_24_BITMASK)["quantization_config"]
     assert block == {
         "quant_method": "compressed-tensors-sparse",

@@ -165,7 +165,7 @@ def test_a_json_file_of_gigabytes_is_not_read(tmp_path):
             use()
 
 
-def test_short():
+def test_text_from_files_is_shortened_and_made_printable():
     assert short("a" * 120) == "a" * 120
     assert short("a" * 60 + "b" * 61) == "a" * 60 + "b" * 19 + "…" + "b" * 40
     assert short("a\nb\x1b[2J\u202e") == "a?b?[2J?"

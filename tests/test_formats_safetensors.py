@@ -103,7 +103,7 @@ def one(name="a", dtype="F32", shape=(2,), offsets=(0, 8)):
         (one(""), 8, "can't be the name of a tensor"),
     ],
 )
-def test_damaged_header(tmp_path, header, size, message):
+def test_a_damaged_header_is_refused_naming_the_file(tmp_path, header, size, message):
     file = file_with(tmp_path, header, bytes(size))
     with pytest.raises(UsageError, match=message) as raised:
         read_header(file)
@@ -112,7 +112,7 @@ def test_damaged_header(tmp_path, header, size, message):
 
 
 @pytest.mark.parametrize("data", [b"", b"1234567", struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 3) + b"{}"])
-def test_no_header(tmp_path, data):
+def test_a_file_without_a_header_is_refused(tmp_path, data):
     (tmp_path / "f").write_bytes(data)
     with pytest.raises(UsageError, match="no safetensors header within"):
         read_header(tmp_path / "f")
@@ -157,7 +157,7 @@ def test_metadata_and_alignment(tmp_path):
         assert file.metadata() == {"format": "pt"}
 
 
-def test_filling_shards():
+def test_shards_are_filled_up_to_the_limit_and_numbered():
     assert split_into_shards([4, 4, 4, 20, 1], 8) == [0, 0, 1, 2, 3]
     assert split_into_shards([20, 1], 8) == [0, 1]
     assert split_into_shards([], 8) == []
@@ -176,7 +176,7 @@ def write_index(folder, weight_map):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def test_index(sharded):
+def test_entries_are_read_from_the_files_that_the_index_names(sharded):
     folder, weight_map = sharded
     write_index(folder, weight_map)
     assert {name: entry.file.name for name, entry in read_entries(folder).items()} == weight_map
@@ -216,13 +216,13 @@ def test_one_name_in_two_files(sharded):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}', "[" * 100_000])
-def test_broken_index(tmp_path, text):
+def test_a_broken_index_is_refused_naming_it(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(UsageError, match=r"index\.json"):
         read_entries(tmp_path)
 
 
-def test_nothing_there(tmp_path):
+def test_a_directory_without_weights_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"has neither model\.safetensors nor"):
         read_entries(tmp_path)
     with pytest.raises(UsageError, match="isn't a directory"):

@@ -47,7 +47,7 @@ def _seed():
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 @pytest.mark.parametrize("more", [0.0, 0.04])
-def test_patterns(n, m, more):
+def test_n_of_m_is_found_in_spite_of_a_few_more_zeros(n, m, more):
     """As after pruning, and as after rounding to 8 bits, which makes some of the others zero."""
     assert structure_of(count_zeros(n_of_m(n, m, more=more))) == f"{n}:{m}"
 
@@ -78,7 +78,7 @@ def test_dense_weights_have_some_zeros_too():
     assert structure_of(count_zeros(torch.zeros(0, 16))) == "dense"
 
 
-def test_several_weights():
+def test_several_weights_have_the_tightest_common_structure():
     assert structure(n_of_m(2, 4), n_of_m(2, 4), torch.zeros(8, 16)) == "2:4"
     assert structure(n_of_m(2, 4), n_of_m(3, 4)) == "2:4"
     assert structure(n_of_m(1, 4), n_of_m(3, 4)) == "1:4"
@@ -141,7 +141,7 @@ def sparse(tmp_path, to="auto", weight=two_of_four, config=CONFIG, **options):
 
 
 @pytest.mark.parametrize("to", ["dense", "sparse-bitmask", "sparse-24-bitmask"])
-def test_numbers(tmp_path, to):
+def test_zeros_and_bytes_are_counted_by_type_block_and_layer(tmp_path, to):
     found = info(sparse(tmp_path, to))
     files = list((tmp_path / to).glob("*.safetensors"))
     assert found["format"] == to
@@ -216,7 +216,7 @@ def loads(found):
     return [reader["loads"] for reader in found["readers"]]
 
 
-def test_who_loads(tmp_path):
+def test_readers_are_those_of_the_support_matrix(tmp_path):
     assert loads(info(sparse(tmp_path))) == ["yes", "no", "yes", "no", "yes"]
     assert loads(info(sparse(tmp_path, "sparse-bitmask", layout="legacy"))) == ["yes", "no", "yes", "yes", "yes"]
     assert loads(info(sparse(tmp_path, "dense"))) == ["yes", "yes", "yes", "untested", "yes"]
@@ -254,7 +254,7 @@ def test_names_from_before_0_9(tmp_path):
     [(torch.int8, "int-quantized", "yes"), (torch.float8_e4m3fn, "float-quantized", "untested")],
 )
 @pytest.mark.parametrize("layout", ["sinkprune", "legacy"])
-def test_quantized(tmp_path, dtype, name, old, layout):
+def test_a_quantized_checkpoint_is_described_dense_and_sparse(tmp_path, dtype, name, old, layout):
     tensors = model(lambda rows, columns: two_of_four(rows, columns, dtype))
     for target in TARGETS:
         tensors[f"{target}_scale"] = torch.ones(len(tensors[target]), 1)
@@ -289,7 +289,7 @@ def test_packed_weights_are_named_not_counted(tmp_path):
     assert "no weight matrix in a numbered decoder block" in lines
 
 
-def test_module_types(tmp_path):
+def test_module_types_are_told_apart_by_as_many_names_as_needed(tmp_path):
     """The last name does, unless a block has two that end alike; experts of a block count together."""
     names = ["attn.c_proj", "mlp.c_proj", "mlp.experts.0.w1", "mlp.experts.1.w1", "attn.c_attn"]
     tensors = {f"h.{layer}.{name}.weight": two_of_four(8, 32) for layer in (0, 2, 10) for name in names}
@@ -310,7 +310,7 @@ def test_module_types(tmp_path):
     assert ["10", "0.5000", "0.5000", "0.5000", "0.5000", "0.5000"] in printed(tmp_path)
 
 
-def test_table(tmp_path):
+def test_the_table_shows_types_blocks_and_what_is_outside(tmp_path):
     tensors = model() | {TARGETS[0]: dense(32, 48), TARGETS[2]: unstructured(32, 48)}
     del tensors[TARGETS[1]]
     lines = printed(write_dense(tmp_path, tensors))
@@ -363,7 +363,7 @@ def test_hostile_text_is_printed_as_text(tmp_path):
         (lambda folder: (folder / "config.json").write_text('{"quantization_config": 3}'), "not a mapping"),
     ],
 )
-def test_refuses(tmp_path, damage, message):
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage, message):
     folder = sparse(tmp_path)
     damage(folder)
     with pytest.raises(UsageError, match=message) as raised:

@@ -316,7 +316,7 @@ def test_logits_that_are_not_finite():
         ({"noise_eps": 1.0}, "noise_eps is 1.0"),
     ],
 )
-def test_errors(options, message):
+def test_options_out_of_range_are_refused(options, message):
     arguments = {"input_ids": all_windows(4)[:4]} | options
     with pytest.raises(UsageError, match=message):
         elbo_perplexity(Toy(LLADA, 4), **arguments)

@@ -13,7 +13,7 @@ from sinkprune_plugin.modifiers.mask_structure import (
 
 
 @pytest.mark.parametrize(("text", "n", "m"), [("0:0", 0, 0), ("2:4", 2, 4), ("1:8", 1, 8), (" 4:8 ", 4, 8)])
-def test_parses(text, n, m):
+def test_mask_structures_are_read_as_n_of_m(text, n, m):
     assert parse_mask_structure(text) == MaskStructure(n, m)
 
 

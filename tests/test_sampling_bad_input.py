@@ -69,7 +69,7 @@ GOOD = ids(5, 6, 7)
         ),
     ],
 )
-def test_prompts(model, input_ids, message):
+def test_prompts_that_cannot_be_continued_are_refused(model, input_ids, message):
     assert message_of(model, input_ids) == message
 
 
@@ -91,7 +91,7 @@ def test_the_longest_prompt_is_admitted(model):
         ),
     ],
 )
-def test_options(model, options, message):
+def test_options_out_of_range_are_refused(model, options, message):
     assert message_of(model, GOOD, **options) == message
 
 
@@ -160,7 +160,7 @@ def test_models_without_positions():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("remasking", ["low_confidence", "random"])
-def test_broken_logits(value, remasking):
+def test_logits_that_are_not_finite_are_an_error(value, remasking):
     tiny = Tiny(lambda x: x * value, mask_token_id=MASK)
     message = message_of(tiny, GOOD, remasking=remasking)
     assert message == "the logits of Tiny hold NaN or Inf; check the weights, or run in float32"

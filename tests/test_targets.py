@@ -61,11 +61,11 @@ def test_blocks_stand_for_their_linears():
         (["up_proj"], BLOCK_LINEARS),
     ],
 )
-def test_ignore_ignores(ignore, left):
+def test_ignored_modules_and_what_is_in_them_are_left_alone(ignore, left):
     assert names(Model(), ["Linear"], ignore) == left
 
 
-def test_block_indices():
+def test_each_target_knows_its_block():
     targets, blocks = resolve_targets(Model(), ["Linear", "up_proj"], [])
     assert [target.block for target in targets] == [0, 0, 1, 1, None]
     assert len(blocks) == 2

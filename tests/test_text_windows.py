@@ -49,7 +49,7 @@ def test_windows_tile_the_stream_in_order(documents, seq_len):
     assert sorted(text_of(chosen)) == sorted(text_of(windows)), "a seeded choice of all windows is a permutation"
 
 
-def test_seeded_choice():
+def test_a_seed_chooses_the_same_windows_and_more_of_them_begin_alike():
     documents = ["".join(chr(97 + (index * 7 + index // 26) % 26) for index in range(4000))]
     pool = text_of(token_windows(documents, Characters(), 10, 400, seed=None))
     first = text_of(token_windows(documents, Characters(), 10, 20, seed=0))
@@ -91,7 +91,7 @@ def test_in_order_stops_reading_when_it_has_enough():
         (8, 11, "enough for 10 windows of 8"),
     ],
 )
-def test_window_errors(seq_len, num_windows, message):
+def test_windows_that_the_text_cannot_fill_are_refused(seq_len, num_windows, message):
     with pytest.raises(UsageError, match=message):
         token_windows(["a" * 80], Characters(), seq_len, num_windows)
 
@@ -112,7 +112,7 @@ def test_jsonl_gives_one_document_a_line(tmp_path):
     assert read_documents(path, "body") == ["x"]
 
 
-def test_saved_dataset(tmp_path):
+def test_a_saved_dataset_gives_one_document_per_row(tmp_path):
     from datasets import Dataset, DatasetDict
 
     rows = Dataset.from_dict({"text": ["one", None, "two"], "body": ["x", "y", "z"]})

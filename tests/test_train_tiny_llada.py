@@ -163,7 +163,7 @@ def test_other_settings_or_text_are_refused_on_resuming(tool, text, tmp_path, ca
         (("--seq-len", "100000"), "--seq-len 100000 needs more"),
     ],
 )
-def test_wrong_use(tool, text, tmp_path, capsys, more, message):
+def test_wrong_options_exit_with_2_and_write_nothing(tool, text, tmp_path, capsys, more, message):
     assert tool.main(command(text, tmp_path / "model", *more)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")

@@ -95,7 +95,7 @@ CONTENT = {"quality": {"increase_percent": 4.0}, "samples": {"agreement": 0.5}, 
         (Bars(5, 0.6, 0.7), [True, False, True]),
     ],
 )
-def test_bars(bars, passed):
+def test_each_bar_says_whether_it_is_met(bars, passed):
     assert [result.passed for result in check_bars(bars, CONTENT)] == passed
 
 
@@ -107,7 +107,7 @@ def test_bars(bars, passed):
         (Bars(max_ppl_increase=float("nan")), "--max-ppl-increase nan is out of range"),
     ],
 )
-def test_bars_refuse(bars, message):
+def test_bars_out_of_range_are_refused(bars, message):
     with pytest.raises(UsageError, match=message):
         bars.check()
 

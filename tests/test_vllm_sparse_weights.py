@@ -130,7 +130,7 @@ def test_wrong_row_offsets():
         list(dense_weights([(f"q.{part}", tensor) for part, tensor in parts.items()], BITMASK))
 
 
-def test_stored_twice():
+def test_a_weight_that_is_stored_twice_is_refused():
     weight = two_of_four(4, 8)
     parts = in_parts("q", weight, BITMASK)
     for stream in (parts + parts, [("q.weight", weight), *parts], [*parts, ("q.weight", weight)]):
@@ -390,7 +390,7 @@ class TestOnGpu:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("tokens", [1, 8, 37, 1024])
-    def test_product(self, tokens, dtype, sparse_linear):
+    def test_the_sparse_product_equals_the_dense_one(self, tokens, dtype, sparse_linear):
         torch.manual_seed(0)
         weight = two_of_four(384, 512, torch.float32).div(100).to(dtype).cuda()
         x = torch.randn(tokens, 512, dtype=dtype, device="cuda")
@@ -412,7 +412,7 @@ class TestOnGpu:
         x = torch.randn(100, 1024, dtype=torch.bfloat16, device="cuda")
         torch.testing.assert_close(method.apply(layer, x), F.linear(x, weight), rtol=2e-2, atol=5e-2)
 
-    def test_compiled(self, sparse_linear):
+    def test_the_sparse_product_compiles_for_any_number_of_tokens(self, sparse_linear):
         weight = two_of_four(256, 512).cuda() / 100
         packed, product = torch._cslt_compress(weight), sparse_linear._register_op()[1]
         compiled = torch.compile(lambda x: product(x, packed, 256) * 2, dynamic=True, fullgraph=True)
@@ -420,6 +420,6 @@ class TestOnGpu:
             x = torch.randn(tokens, 512, dtype=torch.bfloat16, device="cuda")
             torch.testing.assert_close(compiled(x), F.linear(x, weight) * 2, rtol=2e-2, atol=1e-1)
 
-    def test_measurement(self, sparse_linear):
+    def test_the_kernels_are_timed_without_an_error(self, sparse_linear):
         # Whichever it is; large products gain on every GPU that has sparse tensor cores, but that is no promise.
         assert sparse_linear._worth_it(4096, 4096, torch.bfloat16, torch.device("cuda")) in (True, False)

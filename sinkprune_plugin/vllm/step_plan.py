@@ -24,7 +24,7 @@ from sinkprune_plugin.sampling.tokens import Needs
 
 __all__ = ["BatchLayout", "RequestFloats", "RequestNumbers", "SlotTable", "StepPlan"]
 
-NONE, PREFIX, DUAL, COMMIT = (CACHES.index(name) for name in ("none", "prefix", "dual", "commit"))
+NONE, DUAL, COMMIT = (CACHES.index(name) for name in ("none", "dual", "commit"))
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Column = TypeVar("Column")
