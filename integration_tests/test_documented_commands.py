@@ -43,9 +43,9 @@ NOT_RUN = {
     "from sinkprune_plugin.vllm.cpu import prepare": "for the rest of a process; test_vllm_contract.py begins with it",
     "from vllm import LLM": "test_vllm_checkpoints.py makes such an engine, on a CPU with what that needs",
     "tiny-llada, ELBO perplexity": "what `make demo` prints; test_quiet_commands.py runs it on less data",
-    "0 1 0 2 0 0 3 0 4 0\n": "a matrix; test_formats_codecs.py has it",
-    "0 1 0 2  -3 0 0 4\n": "a matrix; test_formats_codecs.py has it",
-    "0200000000000000 ": "bytes; test_formats_codecs.py has them",
+    "0 1 0 2 0 0 3 0 4 0\n": "a matrix; test_formats_codecs_golden.py has it",
+    "0 1 0 2  -3 0 0 4\n": "a matrix; test_formats_codecs_golden.py has it",
+    "0200000000000000 ": "bytes; test_formats_codecs_golden.py has them",
     '{\n  "quant_method": "compressed-tensors-sparse"': "test_formats_config.py has it",
 }
 

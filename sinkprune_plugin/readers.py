@@ -1,8 +1,9 @@
 """Who can load a checkpoint: the support matrix of README.md, applied to one checkpoint.
 
-Each answer other than ``untested`` is backed by test_sparse_loading.py, test_saving.py, test_support_matrix.py,
-test_bad_input.py, test_legacy_compressed_tensors.py, test_vllm_checkpoints.py or test_vllm_models.py in
-integration_tests/; that vLLM loads an ordinary dense checkpoint is taken for granted.
+Each answer other than ``untested`` is backed by test_sparse_loading.py, test_sparse_quantized_loading.py,
+test_saving.py, test_support_matrix.py, test_bad_input.py, test_legacy_compressed_tensors.py, test_vllm_checkpoints.py,
+test_vllm_models.py or test_vllm_sparse_models.py in integration_tests/; that vLLM loads an ordinary dense checkpoint is
+taken for granted.
 """
 
 from dataclasses import dataclass
