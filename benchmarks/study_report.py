@@ -9,6 +9,7 @@ from study_cells import PATTERNS, SUM_OF_SQUARES, SWEEPS, SWEPT, SWEPT_PATTERNS,
 from study_statistics import Difference, Windows, paired_difference, perplexity
 
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.formats.shard_reader import read_json
 
 __all__ = ["COMPARISONS", "DOCS", "Runs", "committed_records", "load_runs", "tables", "write_report"]
 
@@ -51,7 +52,7 @@ def committed_records(docs: Path) -> Iterator[dict[str, Any]]:
 
     :param docs: folder with study-results.json
     """
-    content = json.loads((docs / "study-results.json").read_text(encoding="utf-8"))
+    content = read_json(docs / "study-results.json")
     for key, cell in content["cells"].items():
         yield {"key": key, **cell}
 

@@ -1,6 +1,5 @@
 """`sinkprune verify`: measure a dense and a pruned model side by side, and write a report of it."""
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,7 @@ import torch
 from sinkprune_plugin.devices import choose_device
 from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.errors import UsageError, short
+from sinkprune_plugin.formats.shard_reader import read_json
 from sinkprune_plugin.info import inspect_checkpoint
 from sinkprune_plugin.inputs import Inputs, check_checkpoint, load_inputs
 from sinkprune_plugin.loading import load_config, load_model, load_tokenizer
@@ -189,8 +189,7 @@ def verify(
             recipe=recipe,
         )
         write_report(directory, content)
-    written: dict[str, Any] = json.loads((output / JSON_FILE).read_text(encoding="utf-8"))
-    return written
+    return read_json(output / JSON_FILE)
 
 
 def _inputs(model_name: str | Path, options: VerifyOptions, seq_len: int | None, count: int) -> Inputs:
