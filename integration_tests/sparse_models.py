@@ -51,7 +51,7 @@ def sparsify(tensors, sparse_format):
     return stored
 
 
-def shards(directory, stored, count):
+def write_shards(directory, stored, count):
     """Write tensors in turn into shards, so that the parts of each weight lie in different ones."""
     if count == 1:
         save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
@@ -75,7 +75,7 @@ def write(model, directory, sparse_format="sparse-bitmask", method="compressed-t
     model.save_pretrained(directory)
     tensors = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
-    shards(directory, sparsify(tensors, sparse_format), shards)
+    write_shards(directory, sparsify(tensors, sparse_format), shards)
     edit_config(directory, quantization_config=quantization_config(sparse_format, method))
     return directory
 

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sparse_models import FORMATS, SIZES, assert_ordinary, assert_same, edit_config, llama_model, prune, shards, write
+from sparse_models import (
+    FORMATS,
+    SIZES,
+    assert_ordinary,
+    assert_same,
+    edit_config,
+    llama_model,
+    prune,
+    write,
+    write_shards,
+)
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -181,7 +191,7 @@ def test_layout_before_0_9(llama, tmp_path, layout):
             parts["bitmask"] = parts["bitmask"][0].clone()
             parts["row_offsets"] = parts["row_offsets"][0].clone()
         stored |= {f"{name}.{part}": value for part, value in parts.items()}
-    shards(tmp_path, stored, 1)
+    write_shards(tmp_path, stored, 1)
     config = {"sparsity_config": {"format": "sparse-bitmask", "global_sparsity": 0.5}}
     if layout == "full names":
         edit_config(tmp_path, quantization_config={"quant_method": "compressed-tensors", **config})

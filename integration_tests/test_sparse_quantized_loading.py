@@ -5,7 +5,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from sparse_models import assert_ordinary, assert_same, edit_config, llama_model, quantization_config, shards, sparsify
+from sparse_models import (
+    assert_ordinary,
+    assert_same,
+    edit_config,
+    llama_model,
+    quantization_config,
+    sparsify,
+    write_shards,
+)
 from transformers import (
     AutoModelForCausalLM,
 )
@@ -73,7 +81,7 @@ def test_quantized_and_sparse(llama, tmp_path, monkeypatch, scheme, method):
     stored = sparsify(tensors, "sparse-24-bitmask")
     assert stored["model.layers.0.mlp.up_proj.compressed"].dtype.itemsize == 1
     (directory / "model.safetensors").unlink()
-    shards(directory, stored, 3)
+    write_shards(directory, stored, 3)
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
     edit_config(directory, quantization_config=config | quantization_config("sparse-24-bitmask", method))
     _assert_same_quantized(AutoModelForCausalLM.from_pretrained(directory, dtype="auto"), stock)
