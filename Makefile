@@ -39,10 +39,11 @@ demo: setup-core  ## prune the embedded model with our modifiers and the stock o
 test: setup quality  ## lint, types and the whole test suite
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup $(PYTEST_ARGS)
 
-quality: setup-core  ## ruff and mypy, as in .pre-commit-config.yaml
+quality: setup-core  ## ruff, mypy and the direction of imports, as in .pre-commit-config.yaml
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 bench: setup-core  ## the benchmarks; each prints a table and ends in one JSON line
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/calibration.py

@@ -33,10 +33,10 @@ from sinkprune_plugin.diffusion import corrupt, resolve_diffusion, sample_genera
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 from sinkprune_plugin.models.decoder_blocks import block_linears
 from sinkprune_plugin.models.llada import LLaDAConfig, LLaDAModelLM
-from sinkprune_plugin.modifiers.mask_structure import MaskStructure
 from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot, stock_modifier
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
-from sinkprune_plugin.modifiers.wanda.wanda_sparsify import sparsify_weight
+from sinkprune_plugin.pruning.patterns import MaskStructure
+from sinkprune_plugin.pruning.wanda import sparsify_weight
 from sinkprune_plugin.sinks import attention_column_sums, capture_attention_mass, soft_sink_mask
 
 DIFFUSION_STEPS, SAMPLE_INTERVAL, NOISE_EPS = 4, 1, 1e-3

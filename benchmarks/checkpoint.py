@@ -31,11 +31,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sinkprune_plugin.formats import bitmask, bitmask24, convert_checkpoint
-from sinkprune_plugin.formats.digests import file_digest
-from sinkprune_plugin.formats.safetensors_header import TensorSpec
-from sinkprune_plugin.formats.shard_writer import ShardWriter, shard_names, tensor_bytes
-from sinkprune_plugin.formats.stored_weights import CODECS
+from sinkprune_plugin.formats import convert_checkpoint
+from sinkprune_plugin.formats.codecs import bitmask, bitmask24
+from sinkprune_plugin.formats.files.digests import file_digest
+from sinkprune_plugin.formats.files.safetensors_header import TensorSpec
+from sinkprune_plugin.formats.files.shard_writer import ShardWriter, shard_names, tensor_bytes
+from sinkprune_plugin.formats.files.stored_weights import CODECS
 
 ROWS, COLUMNS = 4096, 12288
 OLD_RELEASE = "0.14.0"

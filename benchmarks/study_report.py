@@ -9,7 +9,7 @@ from study_cells import PATTERNS, SUM_OF_SQUARES, SWEEPS, SWEPT, SWEPT_PATTERNS,
 from study_statistics import Difference, Windows, paired_difference, perplexity
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.formats.shard_reader import read_json
+from sinkprune_plugin.formats.files.shard_reader import read_json
 
 __all__ = ["COMPARISONS", "DOCS", "Runs", "committed_records", "load_runs", "tables", "write_report"]
 

@@ -10,7 +10,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from sinkprune_plugin.formats import bitmask, bitmask24
+from sinkprune_plugin.formats.codecs import bitmask, bitmask24
 
 COMPRESS = {"sparse-bitmask": bitmask.compress, "sparse-24-bitmask": bitmask24.compress}
 FORMATS = sorted(COMPRESS)

@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader
 
 from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
+from sinkprune_plugin.modifiers import wanda as wanda_base
 from sinkprune_plugin.modifiers.calibration import collect_batches
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
 from sinkprune_plugin.modifiers.trajectory import TrajectoryCorruption
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
-from sinkprune_plugin.modifiers.wanda import base as wanda_base
 
 GRID = [0.25, 0.5, 0.75, 1.0]
 FIELDS = {"sparsity": 0.5, "diffusion_steps": 4, "sample_interval": 1}

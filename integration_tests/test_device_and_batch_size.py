@@ -10,12 +10,12 @@ from llmcompressor.pipelines.data_free import pipeline as data_free_pipeline
 from llmcompressor.pipelines.sequential import pipeline as sequential_pipeline
 
 from sinkprune_plugin import cli
+from sinkprune_plugin.commands.prune import prune
+from sinkprune_plugin.commands.sinks import measure_sinks
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
 from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot, stock_modifier
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
-from sinkprune_plugin.prune import prune
-from sinkprune_plugin.sinks_command import measure_sinks
 from sinkprune_plugin.verification.verify import VerifyOptions, verify
 
 BOTH = [SinkAwareWandaModifier, SinkAwareSparseGPTModifier]

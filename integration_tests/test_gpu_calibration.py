@@ -5,10 +5,10 @@ import torch
 
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
 from sinkprune_plugin.models.decoder_blocks import block_linears
+from sinkprune_plugin.modifiers import wanda as wanda_base
 from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
-from sinkprune_plugin.modifiers.wanda import base as wanda_base
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,7 +18,7 @@ from sinkprune_plugin.sampling import denoise
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness isn't installed (sinkprune-plugin[eval])")
 
-TASKS = Path(__file__).parent.parent / "sinkprune_plugin" / "evaluation" / "tasks"
+TASKS = Path(__file__).parent.parent / "sinkprune_plugin" / "lm_eval" / "tasks"
 
 
 def evaluate(tasks, folder, **arguments):
@@ -57,7 +57,7 @@ def results(tasks):
 
 
 def make_lm(directory=EMBEDDED_MODEL, **arguments):
-    from sinkprune_plugin.evaluation.lm_eval_model import SinkpruneLM
+    from sinkprune_plugin.lm_eval.lm_eval_model import SinkpruneLM
 
     return SinkpruneLM(str(directory), **({"dtype": "float32", "device": "cpu"} | arguments))
 
@@ -220,7 +220,7 @@ def test_a_request_asked_again_is_drawn_anew():
 
 def test_a_stop_string_that_is_a_special_token_ends_the_answer(monkeypatch):
     """It would be gone from the text otherwise."""
-    from sinkprune_plugin.evaluation import answer_writer
+    from sinkprune_plugin.lm_eval import answer_writer
 
     lm = make_lm()
     words = lm.tok_encode("The President of the United States")
@@ -275,7 +275,7 @@ def test_a_chat_template_that_is_not_there_is_named():
 @pytest.mark.parametrize("key", [True, False], ids=["key", "no key"])
 def test_mobile_mmlu_through_the_evaluator(tmp_path, key):
     """Rows of the documented form in a local file, in place of the hub's."""
-    from sinkprune_plugin.evaluation.rotations import averaged_choice
+    from sinkprune_plugin.lm_eval.rotations import averaged_choice
 
     rows = [
         {"question_id": f"q{number}", "Question": f"Who reports to {who}?", **dict(zip("ABCD", names, strict=True))}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from sinkprune_plugin.loading import EMBEDDED_MODEL
 
 # Shared with the fast tests, whose folder is not on the import path here.
-OFFICIAL = runpy.run_path(str(Path(__file__).parent.parent / "tests" / "official_checkpoints.py"))
+OFFICIAL = runpy.run_path(str(Path(__file__).parent.parent / "tests" / "helpers" / "official_checkpoints.py"))
 
 DREAM_SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
 

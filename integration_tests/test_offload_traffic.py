@@ -6,11 +6,11 @@ from compressed_tensors.offload.cache import CPUCache
 
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
 from sinkprune_plugin.modifiers import hessian_base
+from sinkprune_plugin.modifiers import wanda as wanda_base
 from sinkprune_plugin.modifiers.admm import SinkAwareADMMModifier
 from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
-from sinkprune_plugin.modifiers.wanda import base as wanda_base
 
 CASES = [
     (SinkAwareWandaModifier, {}),

@@ -31,7 +31,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from sinkprune_plugin.formats import bitmask
+from sinkprune_plugin.formats.codecs import bitmask
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
 from sinkprune_plugin.models.dream.configuration_dream import DreamConfig
 from sinkprune_plugin.models.dream.modeling_dream import DreamModel

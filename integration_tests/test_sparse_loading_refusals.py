@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.formats import bitmask
-from sinkprune_plugin.formats.format_names import CheckpointFormat
+from sinkprune_plugin.formats.codecs import bitmask
+from sinkprune_plugin.formats.codecs.format_names import CheckpointFormat
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def test_tensor_parallel_model_is_refused():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
-    from sinkprune_plugin.formats.load_context import LoadContext
-    from sinkprune_plugin.formats.part_groups import PartGroups
+    from sinkprune_plugin.formats.files.part_groups import PartGroups
+    from sinkprune_plugin.transformers.load_context import LoadContext
 
     model = torch.nn.Linear(4, 4)
     context = LoadContext(CheckpointFormat.SPARSE_BITMASK, PartGroups({}, {}), torch.float32, {})

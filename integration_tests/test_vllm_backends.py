@@ -47,7 +47,7 @@ def test_lm_eval_answers_are_the_same_from_both_backends(checkpoints):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness isn't installed (sinkprune-plugin[eval])")
     from lm_eval.api.instance import Instance
 
-    from sinkprune_plugin.evaluation.lm_eval_model import SinkpruneLM
+    from sinkprune_plugin.lm_eval.lm_eval_model import SinkpruneLM
 
     requests = [
         Instance("generate_until", {}, (text, {"until": ["."], "max_gen_toks": 24}), number)

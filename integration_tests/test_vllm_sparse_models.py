@@ -12,7 +12,8 @@ from vllm_engine import clean_environment, skip_without_vllm
 from vllm_modules import forward_function, loader, tokens_of, write_dream, write_llada
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.formats import bitmask, convert_checkpoint, save_sparse_checkpoint
+from sinkprune_plugin.formats import convert_checkpoint, save_sparse_checkpoint
+from sinkprune_plugin.formats.codecs import bitmask
 from sinkprune_plugin.vllm.cpu import is_cpu_build, server_environment
 
 

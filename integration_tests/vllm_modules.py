@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from vllm_engine import free_port, prepare_vllm
 
-OFFICIAL = runpy.run_path(str(Path(__file__).parent.parent / "tests" / "official_checkpoints.py"))
+OFFICIAL = runpy.run_path(str(Path(__file__).parent.parent / "tests" / "helpers" / "official_checkpoints.py"))
 write_llada, write_dream = OFFICIAL["write_llada"], OFFICIAL["write_dream"]
 
 

@@ -65,7 +65,7 @@ def demo(
     verbose: VerboseOption = False,
 ) -> None:
     """Prune the embedded model with our modifiers and the stock ones, save, reload and compare."""
-    from sinkprune_plugin.demo import run_demo
+    from sinkprune_plugin.commands.demo import run_demo
 
     run_demo(output, sparsity=sparsity, seed=seed, overwrite=overwrite, verbose=verbose)
 
@@ -85,7 +85,7 @@ def prune(
     verbose: VerboseOption = False,
 ) -> None:
     """Prune a model with a recipe, through llm-compressor's oneshot()."""
-    from sinkprune_plugin.prune import prune as run
+    from sinkprune_plugin.commands.prune import prune as run
 
     path = run(
         model,
@@ -117,7 +117,7 @@ def sinks(
     verbose: VerboseOption = False,
 ) -> None:
     """Measure where attention sinks are over the denoising steps: numbers and a plot, no pruning."""
-    from sinkprune_plugin.sinks_command import measure_sinks
+    from sinkprune_plugin.commands.sinks import measure_sinks
 
     measure_sinks(
         model,
@@ -164,8 +164,8 @@ def info(
     """Show what is in a checkpoint: format, sparsity, size, who can load it."""
     from rich.console import Console
 
-    from sinkprune_plugin.info import inspect_checkpoint
-    from sinkprune_plugin.info_table import print_info
+    from sinkprune_plugin.inspection.info import inspect_checkpoint
+    from sinkprune_plugin.inspection.table import print_info
 
     found = inspect_checkpoint(path)
     if as_json:

@@ -8,7 +8,7 @@ import torch
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import load_sparse_checkpoint
-from sinkprune_plugin.formats.shard_reader import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, read_json
+from sinkprune_plugin.formats.files.shard_reader import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, read_json
 from sinkprune_plugin.loading import default_sequence_length, load_config, load_tokenizer, maximum_length
 from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
 

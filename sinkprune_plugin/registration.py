@@ -82,21 +82,21 @@ def _register_configs(_module: ModuleType) -> None:
 
 
 def _register_quantizers(_module: ModuleType) -> None:
-    importlib.import_module("sinkprune_plugin.formats.transformers_quantizer").register_quantizers()
+    importlib.import_module("sinkprune_plugin.transformers.quantizer").register_quantizers()
 
 
 def _admit_sparse_models(module: ModuleType) -> None:
-    importlib.import_module("sinkprune_plugin.formats.oneshot_admission").admit_sparse_models(module)
+    importlib.import_module("sinkprune_plugin.modifiers.oneshot_admission").admit_sparse_models(module)
 
 
 def _correct_saved_config(module: ModuleType) -> None:
-    importlib.import_module("sinkprune_plugin.formats.oneshot_admission").correct_saved_config(module)
+    importlib.import_module("sinkprune_plugin.modifiers.oneshot_admission").correct_saved_config(module)
 
 
 def _register_lm_eval(_module: ModuleType) -> None:
     registry = importlib.import_module("lm_eval.api.registry").model_registry
     if "sinkprune" not in registry:
-        registry.register("sinkprune", target="sinkprune_plugin.evaluation.lm_eval_model:SinkpruneLM")
+        registry.register("sinkprune", target="sinkprune_plugin.lm_eval.lm_eval_model:SinkpruneLM")
 
 
 def _add_cpu_backend(module: ModuleType) -> None:

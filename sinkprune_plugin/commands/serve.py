@@ -10,7 +10,7 @@ import yaml
 from sinkprune_plugin.commands.server_process import run_server
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import load_sparse_checkpoint
-from sinkprune_plugin.formats.shard_reader import CONFIG_NAME, read_json
+from sinkprune_plugin.formats.files.shard_reader import CONFIG_NAME, read_json
 from sinkprune_plugin.loading import load_tokenizer
 from sinkprune_plugin.models.catalogue import ARCHITECTURES
 from sinkprune_plugin.vllm.cpu import SLOW, is_cpu_build, require_vllm, server_environment

@@ -1,1 +1,9 @@
-"""lm-evaluation-harness on diffusion LMs: Monte-Carlo likelihoods and denoised answers."""
+"""The former place of :mod:`sinkprune_plugin.lm_eval`."""
+
+import warnings
+
+warnings.warn(
+    "sinkprune_plugin.evaluation is now sinkprune_plugin.lm_eval; this name goes with version 0.3",
+    DeprecationWarning,
+    stacklevel=2,
+)

@@ -9,9 +9,9 @@ import torch
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats.checkpoint_reader import CheckpointReader
 from sinkprune_plugin.formats.checkpoint_writer import WrittenCheckpoint, write_checkpoint
-from sinkprune_plugin.formats.format_names import AUTO
-from sinkprune_plugin.formats.shard_reader import CONFIG_NAME, read_json
-from sinkprune_plugin.formats.tensor_source import MemoryTensors, SpooledTensors, TensorSource
+from sinkprune_plugin.formats.codecs.format_names import AUTO
+from sinkprune_plugin.formats.files.shard_reader import CONFIG_NAME, read_json
+from sinkprune_plugin.formats.files.tensor_source import MemoryTensors, SpooledTensors, TensorSource
 from sinkprune_plugin.formats.write_request import LARGEST_SHARD, WriteRequest
 from sinkprune_plugin.outputs import scratch_directory
 

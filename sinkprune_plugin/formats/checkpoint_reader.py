@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from sinkprune_plugin.formats.digests import check_digest, check_digest_names
-from sinkprune_plugin.formats.format_names import CheckpointFormat
-from sinkprune_plugin.formats.part_groups import group_parts
-from sinkprune_plugin.formats.safetensors_header import TensorEntry, TensorSpec
-from sinkprune_plugin.formats.shard_reader import CONFIG_NAME, read_bytes, read_entries, read_json, read_tensor
-from sinkprune_plugin.formats.shard_writer import tensor_bytes
+from sinkprune_plugin.formats.codecs.format_names import CheckpointFormat
+from sinkprune_plugin.formats.files.digests import check_digest, check_digest_names
+from sinkprune_plugin.formats.files.part_groups import group_parts
+from sinkprune_plugin.formats.files.safetensors_header import TensorEntry, TensorSpec
+from sinkprune_plugin.formats.files.shard_reader import CONFIG_NAME, read_bytes, read_entries, read_json, read_tensor
+from sinkprune_plugin.formats.files.shard_writer import tensor_bytes
+from sinkprune_plugin.formats.files.stored_weights import SparseWeight, open_weight
 from sinkprune_plugin.formats.sparsity_config import SparsityConfig, read_sparsity_config
-from sinkprune_plugin.formats.stored_weights import SparseWeight, open_weight
 
 __all__ = ["CheckpointReader"]
 

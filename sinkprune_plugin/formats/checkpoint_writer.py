@@ -10,13 +10,23 @@ import torch
 from tqdm import tqdm
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.formats import bitmask24, bits
-from sinkprune_plugin.formats.digests import file_digest
-from sinkprune_plugin.formats.format_names import CheckpointFormat
-from sinkprune_plugin.formats.other_files import copy_other_files, find_other_files
-from sinkprune_plugin.formats.part_checks import VALUE_DTYPES, check_weight
-from sinkprune_plugin.formats.part_groups import ALL_PARTS
-from sinkprune_plugin.formats.safetensors_header import TORCH_DTYPES, TensorSpec
+from sinkprune_plugin.formats.codecs import bitmask24, bits
+from sinkprune_plugin.formats.codecs.format_names import CheckpointFormat
+from sinkprune_plugin.formats.files.digests import file_digest
+from sinkprune_plugin.formats.files.other_files import copy_other_files, find_other_files
+from sinkprune_plugin.formats.files.part_checks import VALUE_DTYPES, check_weight
+from sinkprune_plugin.formats.files.part_groups import ALL_PARTS
+from sinkprune_plugin.formats.files.safetensors_header import TORCH_DTYPES, TensorSpec
+from sinkprune_plugin.formats.files.shard_reader import CONFIG_NAME, INDEX_NAME
+from sinkprune_plugin.formats.files.shard_writer import (
+    ShardWriter,
+    shard_names,
+    split_into_shards,
+    tensor_bytes,
+    writing,
+)
+from sinkprune_plugin.formats.files.stored_weights import CODECS
+from sinkprune_plugin.formats.files.tensor_source import TensorSource
 from sinkprune_plugin.formats.selection import (
     Census,
     Selection,
@@ -25,11 +35,7 @@ from sinkprune_plugin.formats.selection import (
     part_specs,
     select_targets,
 )
-from sinkprune_plugin.formats.shard_reader import CONFIG_NAME, INDEX_NAME
-from sinkprune_plugin.formats.shard_writer import ShardWriter, shard_names, split_into_shards, tensor_bytes, writing
 from sinkprune_plugin.formats.sparsity_config import with_digests, with_sparsity, without_sparsity
-from sinkprune_plugin.formats.stored_weights import CODECS
-from sinkprune_plugin.formats.tensor_source import TensorSource
 from sinkprune_plugin.formats.write_request import WriteRequest
 from sinkprune_plugin.outputs import check_output, new_directory
 

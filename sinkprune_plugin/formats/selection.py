@@ -5,9 +5,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from sinkprune_plugin.errors import UsageError, short
-from sinkprune_plugin.formats.format_names import AUTO, CheckpointFormat
-from sinkprune_plugin.formats.part_checks import VALUE_DTYPES
-from sinkprune_plugin.formats.safetensors_header import DTYPE_NAMES, TORCH_DTYPES, TensorSpec
+from sinkprune_plugin.formats.codecs.format_names import AUTO, CheckpointFormat
+from sinkprune_plugin.formats.files.part_checks import VALUE_DTYPES
+from sinkprune_plugin.formats.files.safetensors_header import DTYPE_NAMES, TORCH_DTYPES, TensorSpec
 
 __all__ = ["Census", "Selection", "find_candidates", "is_embedding", "part_specs", "select_targets"]
 

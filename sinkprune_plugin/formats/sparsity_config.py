@@ -6,7 +6,7 @@ from typing import Any
 
 from sinkprune_plugin._version import __version__
 from sinkprune_plugin.errors import UsageError, short
-from sinkprune_plugin.formats.format_names import LEGACY_METHOD, QUANT_METHOD, CheckpointFormat, parse_format
+from sinkprune_plugin.formats.codecs.format_names import LEGACY_METHOD, QUANT_METHOD, CheckpointFormat, parse_format
 
 __all__ = [
     "SparsityConfig",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkprune_plugin.errors import UsageError, short
-from sinkprune_plugin.formats.format_names import AUTO, LAYOUTS, parse_format
+from sinkprune_plugin.formats.codecs.format_names import AUTO, LAYOUTS, parse_format
 from sinkprune_plugin.formats.sparsity_config import without_sparsity
 from sinkprune_plugin.outputs import check_output
 

@@ -7,7 +7,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from sinkprune_plugin.diffusion import timestep_grid
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.modifiers.mask_structure import MaskStructure, parse_mask_structure, resolve_sparsity
+from sinkprune_plugin.pruning.patterns import MaskStructure, parse_mask_structure, resolve_sparsity
 
 __all__ = ["SinkAwareFields"]
 

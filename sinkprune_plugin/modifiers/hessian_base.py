@@ -15,10 +15,10 @@ from sinkprune_plugin.modifiers.base import SinkAwareModifierBase
 from sinkprune_plugin.modifiers.input_observer import InputObserver
 from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, PassEngine
 from sinkprune_plugin.modifiers.run_estimate import SweepPlan, hessian_bytes
-from sinkprune_plugin.modifiers.sparsegpt.sparsegpt_sparsify import accumulate_hessian
 from sinkprune_plugin.modifiers.targets import PruningTarget
 from sinkprune_plugin.modifiers.trajectory import clean_pass
 from sinkprune_plugin.pruning.hessian import accumulate_drift
+from sinkprune_plugin.pruning.sparsegpt import accumulate_hessian
 
 __all__ = ["HessianModifierBase"]
 

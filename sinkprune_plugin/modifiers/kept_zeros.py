@@ -9,7 +9,7 @@ from compressed_tensors.utils import align_module_device, update_offload_paramet
 from loguru import logger
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.formats import bits
+from sinkprune_plugin.formats.codecs import bits
 
 __all__ = ["KeptZeros"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.modifiers.mask_structure import MaskStructure
 from sinkprune_plugin.pruning.hessian import PreparedHessian, row_chunks
+from sinkprune_plugin.pruning.patterns import MaskStructure
 from sinkprune_plugin.pruning.reconstruct import conjugate_gradient
 from sinkprune_plugin.pruning.selection import mark_smallest
 

@@ -9,8 +9,8 @@ import torch
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import CheckpointReader, load_sparse_checkpoint
-from sinkprune_plugin.formats.safetensors_header import TORCH_DTYPES
-from sinkprune_plugin.info import LayerInfo
+from sinkprune_plugin.formats.files.safetensors_header import TORCH_DTYPES
+from sinkprune_plugin.inspection.info import LayerInfo
 
 __all__ = ["check_derived", "check_tokenizers", "memory_bytes", "natural_zeros"]
 
@@ -60,7 +60,7 @@ def natural_zeros(dense: Path, pruned: Path, layers: Mapping[str, LayerInfo]) ->
 
     :param dense: checkpoint directory
     :param pruned: checkpoint directory
-    :param layers: module name → its weight, as :func:`~sinkprune_plugin.info.inspect_checkpoint` found them
+    :param layers: module name → its weight, as :func:`~sinkprune_plugin.inspection.info.inspect_checkpoint` found them
     :return: module type → number of zeros, for the weights that modifiers prune by default
     """
     first, second = load_sparse_checkpoint(dense), load_sparse_checkpoint(pruned)

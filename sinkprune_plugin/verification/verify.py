@@ -11,9 +11,9 @@ import torch
 from sinkprune_plugin.devices import choose_device
 from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.errors import UsageError, short
-from sinkprune_plugin.formats.shard_reader import read_json
-from sinkprune_plugin.info import inspect_checkpoint
+from sinkprune_plugin.formats.files.shard_reader import read_json
 from sinkprune_plugin.inputs import Inputs, check_checkpoint, load_inputs
+from sinkprune_plugin.inspection.info import inspect_checkpoint
 from sinkprune_plugin.loading import load_config, load_model, load_tokenizer
 from sinkprune_plugin.outputs import check_output, new_directory
 from sinkprune_plugin.provenance import write_provenance

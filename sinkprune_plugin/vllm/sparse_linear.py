@@ -17,7 +17,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinea
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
-from sinkprune_plugin.formats import bitmask24, bits
+from sinkprune_plugin.formats.codecs import bitmask24, bits
 
 __all__ = ["MEASURED_ROWS", "Sparse24LinearMethod", "fits_kernel", "is_faster", "is_two_of_four", "sparse_tensor_cores"]
 

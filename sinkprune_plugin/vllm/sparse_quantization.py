@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.formats.format_names import LEGACY_METHOD, QUANT_METHOD, CheckpointFormat
+from sinkprune_plugin.formats.codecs.format_names import LEGACY_METHOD, QUANT_METHOD, CheckpointFormat
 from sinkprune_plugin.formats.sparsity_config import without_sparsity
 from sinkprune_plugin.vllm.sparse_linear import Sparse24LinearMethod, sparse_tensor_cores
 from sinkprune_plugin.vllm.sparse_weights import install_sparse_loading, read_block

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.formats.file_checks import check_files
-from sinkprune_plugin.formats.format_names import CheckpointFormat
-from sinkprune_plugin.formats.part_checks import DAMAGED
-from sinkprune_plugin.formats.part_groups import dense_name, has_full_names, split_part
+from sinkprune_plugin.formats.codecs.format_names import CheckpointFormat
+from sinkprune_plugin.formats.files.file_checks import check_files
+from sinkprune_plugin.formats.files.part_checks import DAMAGED
+from sinkprune_plugin.formats.files.part_groups import dense_name, has_full_names, split_part
+from sinkprune_plugin.formats.files.stored_weights import CODECS
 from sinkprune_plugin.formats.sparsity_config import SparsityConfig, read_sparsity_config
-from sinkprune_plugin.formats.stored_weights import CODECS
 
 __all__ = ["complete_weights", "dense_weights", "install_sparse_loading", "read_block", "sparsity_of"]
 

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from pruning_cases import error_of, least_squares, make_layer, prepared
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.modifiers.mask_structure import MaskStructure
-from sinkprune_plugin.modifiers.sparsegpt.sparsegpt_sparsify import invert_hessian, sparsify_weight
 from sinkprune_plugin.pruning import hessian as hessian_module
 from sinkprune_plugin.pruning.admm import ADMMOptions, solve
+from sinkprune_plugin.pruning.patterns import MaskStructure
+from sinkprune_plugin.pruning.sparsegpt import invert_hessian, sparsify_weight
 
 UNSTRUCTURED = MaskStructure(0, 0)
 PATTERNS = [(UNSTRUCTURED, 0.3), (UNSTRUCTURED, 0.75)] + [

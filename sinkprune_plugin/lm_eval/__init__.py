@@ -1,0 +1,1 @@
+"""lm-evaluation-harness on diffusion LMs: Monte-Carlo likelihoods and denoised answers."""

@@ -1,0 +1,222 @@
+"""Dream 7B as vLLM modules; modules have the names of the official tensors, save for those that are fused."""
+
+import torch
+from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
+
+from sinkprune_plugin.models.dream.configuration_dream import DreamConfig
+from sinkprune_plugin.vllm.architectures.decoder import (
+    DenoisingLM,
+    RotaryAttention,
+    check_config,
+    gated_activation,
+    make_norm,
+    make_qkv,
+)
+
+__all__ = ["DreamModel"]
+
+
+class DreamAttention(nn.Module):
+    """Grouped-query attention; q, k and v have a bias, the output projection has none.
+
+    :param vllm_config: configuration of the engine
+    :param prefix: the module's full name
+    """
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        config: DreamConfig = vllm_config.model_config.hf_config
+        self.qkv_proj = make_qkv(
+            vllm_config,
+            heads=config.num_attention_heads,
+            kv_heads=config.key_value_heads,
+            head_dim=config.head_dim,
+            bias=True,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        # The official code rotates in the model's dtype, unlike LLaDA's.
+        self.attn = RotaryAttention(
+            vllm_config, self.qkv_proj, theta=config.rope_theta, full_precision=False, prefix=f"{prefix}.attn"
+        )
+        self.o_proj = RowParallelLinear(
+            config.hidden_size,
+            config.hidden_size,
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map (T, hidden_size) to (T, hidden_size).
+
+        :param positions: (T,) int64
+        :param hidden_states: (T, hidden_size)
+        """
+        qkv, _ = self.qkv_proj(hidden_states)
+        output, _ = self.o_proj(self.attn.attend(positions, qkv))
+        return output
+
+
+class DreamMLP(nn.Module):
+    """down_proj(act(gate_proj x) ⊙ up_proj x).
+
+    :param vllm_config: configuration of the engine
+    :param prefix: the module's full name
+    """
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        config: DreamConfig = vllm_config.model_config.hf_config
+        quant_config = vllm_config.quant_config
+        self.gate_up_proj = MergedColumnParallelLinear(
+            config.hidden_size,
+            [config.intermediate_size] * 2,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.gate_up_proj",
+        )
+        self.act_fn = gated_activation(config.hidden_act)
+        self.down_proj = RowParallelLinear(
+            config.intermediate_size,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.down_proj",
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map (T, hidden_size) to (T, hidden_size)."""
+        gate_up, _ = self.gate_up_proj(hidden_states)
+        output, _ = self.down_proj(self.act_fn(gate_up))
+        return output
+
+
+class DreamDecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)).
+
+    :param vllm_config: configuration of the engine
+    :param prefix: the module's full name
+    """
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        config: DreamConfig = vllm_config.model_config.hf_config
+        self.self_attn = DreamAttention(vllm_config, f"{prefix}.self_attn")
+        self.mlp = DreamMLP(vllm_config, f"{prefix}.mlp")
+        self.input_layernorm = make_norm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = make_norm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One decoder layer; the sum of its two results is the layer's output.
+
+        :param positions: (T,) int64
+        :param hidden_states: (T, hidden_size)
+        :param residual: (T, hidden_size), still to be added; None in the first layer
+        :return: the MLP's output and the residual, both (T, hidden_size)
+        """
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(positions, hidden_states)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
+
+
+@support_torch_compile
+class DreamBaseModel(nn.Module):
+    """Embedding, decoder layers and final norm.
+
+    :param vllm_config: configuration of the engine
+    :param prefix: the module's full name
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: DreamConfig = vllm_config.model_config.hf_config
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.embed_tokens",
+        )
+        self.layers = nn.ModuleList(
+            DreamDecoderLayer(vllm_config, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)
+        )
+        self.norm = make_norm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states after the final norm, (T, hidden_size); see :meth:`DenoisingLM.forward`."""
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        residual = None
+        for layer in self.layers:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        hidden_states, _ = self.norm(hidden_states, residual)
+        return hidden_states
+
+
+class DreamModel(DenoisingLM):
+    """Dream with its vocabulary projection; hidden state i predicts token i + 1, until the model state's shift.
+
+    :param vllm_config: configuration of the engine
+    :param prefix: the module's full name
+    :raises UsageError: if the model's configuration has an option that isn't computed here
+    """
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={
+            ".q_proj": (".qkv_proj", "q"),
+            ".k_proj": (".qkv_proj", "k"),
+            ".v_proj": (".qkv_proj", "v"),
+            ".gate_proj": (".gate_up_proj", 0),
+            ".up_proj": (".gate_up_proj", 1),
+        }
+    )
+    packed_modules_mapping = {  # noqa: RUF012 - vLLM declares it as an instance's
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: DreamConfig = vllm_config.model_config.hf_config
+        check_config(config)
+        self.model = DreamBaseModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.lm_head = ParallelLMHead(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
+        if config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """Embedding, decoder layers and final norm."""
+        return self.model
+
+    @property
+    def embedding(self) -> VocabParallelEmbedding:
+        """The embedding table."""
+        return self.model.embed_tokens
+
+    @property
+    def head(self) -> ParallelLMHead:
+        """The vocabulary projection."""
+        return self.lm_head

@@ -1,0 +1,327 @@
+"""The study's grid, its resumption, its statistics and its page; the runs themselves take over an hour."""
+
+import json
+import math
+import random
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.sinks import soft_sink_mask
+
+BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
+DOCS = BENCHMARKS.parent / "docs"
+MODULES = ("study", "study_cells", "study_figure", "study_report", "study_statistics")
+
+
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import study
+
+    yield study
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def report(study):
+    import study_report
+
+    return study_report
+
+
+@pytest.fixture
+def maths(study):
+    import study_statistics
+
+    return study_statistics
+
+
+def made_up_records(study, windows=24):
+    """Losses for every cell: a difficulty for each window, and a little for each cell."""
+    difficulty = [3 + 0.1 * window for window in range(windows)]
+    records = []
+    for number, cell in enumerate(study.cells()):
+        noise = random.Random(number)
+        losses = [loss + 0.001 * number + noise.gauss(0, 0.01) for loss in difficulty]
+        records.append({"key": cell.key, "seconds": 1.5, "zeros": 0.5, "windows": losses})
+    return records
+
+
+# ---- grid
+
+
+def test_the_grid_is_whole_and_every_cell_has_its_own_key(study):
+    cells = study.cells()
+    keys = [cell.key for cell in cells]
+    assert len(set(keys)) == len(keys)
+    by_group = {}
+    for cell in cells:
+        by_group.setdefault(cell.group, []).append(cell)
+    # 13 methods × 5 patterns × 3 seeds, and dense once.
+    assert len(by_group.pop("grid")) == 1 + 13 * 5 * 3
+    # 3 controls × 3 patterns × 3 seeds, and one in 5 patterns.
+    assert len(by_group.pop("controls")) == 27 + 15
+    # 2 values × 2 patterns × 2 methods.
+    assert {name: len(group) for name, group in by_group.items()} == dict.fromkeys(study.SWEEPS, 8)
+
+
+def test_every_method_makes_a_modifier_for_every_pattern(study):
+    makers = study.methods() | study.controls()
+    assert [name for name, maker in makers.items() if maker is None] == ["magnitude"]
+    for name, maker in makers.items():
+        for sparsity, structure in study.PATTERNS.values():
+            if maker is not None:
+                modifier = maker(sparsity, structure, 3)
+                assert modifier.mask_structure == structure
+                assert modifier.sparsity == sparsity
+                assert getattr(modifier, "seed", 3) == 3
+                if "no mask" in name:
+                    assert modifier.sink_std == 1e6
+                elif hasattr(modifier, "sink_std"):
+                    assert modifier.sink_std == 2.0
+
+
+def test_names_say_what_differs_from_the_default(study):
+    makers = study.methods() | study.controls()
+    for name, maker in makers.items():
+        if maker is None or name in ("Wanda", "SparseGPT"):
+            continue
+        modifier = maker(0.5, "0:0", 0)
+        assert modifier.sink_scope == ("transient" if "transient" in name else "all")
+        weighting = "inverse_square" if "1/t²" in name else "inverse" if "1/t" in name else "uniform"
+        assert modifier.timestep_weighting == weighting
+        if "Wanda" in name:
+            assert modifier.propagate_error == ("propagated" in name)
+            squares = "sum of squares" in name or "1/t" in name
+            assert modifier.norm_aggregation == ("sum_of_squares" if squares else "sum_of_norms")
+        else:
+            assert modifier.calibrate_on == ("clean" if "clean" in name else "corrupted")
+
+
+def test_without_a_mask_no_position_is_suppressed(study):
+    from study_cells import NO_MASK
+
+    from sinkprune_plugin.diffusion import corrupt, resolve_diffusion, sample_generator
+    from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
+    from sinkprune_plugin.sinks import capture_attention_mass
+
+    model = load_model(EMBEDDED_MODEL, torch.float32)
+    ids = torch.randint(5, 500, (1, 128), generator=torch.Generator().manual_seed(0))
+    spec = resolve_diffusion(model.config)
+    some_sink = False
+    # t = 1 too: with every token masked the mass is flattest, and a threshold in standard deviations lowest.
+    for t in (0.1, 0.5, 1.0):
+        noisy = corrupt(ids, t, spec, noise_eps=1e-3, generators=[sample_generator(0, 0, ids[0])]).noisy_ids
+        with torch.no_grad(), capture_attention_mass() as capture:
+            model(input_ids=noisy)
+        some_sink |= float(soft_sink_mask(capture.mass, sink_std=2.0).max()) > 0.99
+        # Exactly: the logit is some millions below zero, and float32's exp underflows at −104.
+        assert float(soft_sink_mask(capture.mass, sink_std=NO_MASK).max()) == 0
+    assert some_sink
+
+
+def test_magnitude_keeps_the_largest_of_each_row_or_group(study):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(16, 5)])})
+            self.head = torch.nn.Linear(16, 5)
+
+        def weight(self):
+            return self.model["blocks"][0].weight
+
+    for sparsity, structure, width, removed in ((0.6, "0:0", 16, 9), (0.5, "2:4", 4, 2), (0.5, "4:8", 8, 4)):
+        torch.manual_seed(0)
+        model = Model()
+        head, before = model.head.weight.clone(), model.weight().detach().clone()
+        study.prune_by_magnitude(model, sparsity, structure)
+        for group, old in zip(model.weight().reshape(-1, width), before.reshape(-1, width), strict=True):
+            kept = sorted(old.tolist(), key=abs)[removed:]
+            assert sorted(group[group != 0].tolist()) == sorted(kept)
+        assert torch.equal(model.head.weight, head)
+
+
+def test_each_row_of_what_does_what_changes_one_field(study, report):
+    """Weights in sums of squares are compared with sums of squares, so that the weights alone differ."""
+    makers = study.methods() | study.controls()
+    fields = ("sink_std", "sink_scope", "timestep_weighting", "propagate_error", "norm_aggregation", "calibrate_on")
+    for comparisons in report.COMPARISONS.values():
+        for label, (before, after) in comparisons.items():
+            if before in ("Wanda", "SparseGPT"):
+                continue
+            first, second = (makers[name](0.5, "0:0", 0) for name in (before, after))
+            changed = [name for name in fields if getattr(first, name, None) != getattr(second, name, None)]
+            assert len(changed) == 1, (label, changed)
+
+
+# ---- resumption
+
+
+def test_a_line_that_was_cut_off_is_done_again(study, tmp_path):
+    results = tmp_path / "results.jsonl"
+    results.write_text('{"key": "grid/dense//0/", "windows": [1.0]}\n{"key": "grid/magni')
+    assert [record["key"] for record in study.finished(results)] == ["grid/dense//0/"]
+    assert list(study.finished(tmp_path / "none.jsonl")) == []
+
+
+def test_running_resumes_and_keeps_what_is_there(study, tmp_path):
+    results = tmp_path / "results.jsonl"
+    first = '{"key": "grid/dense//0/", "seconds": 0, "windows": [1.0], "zeros": 0}\n'
+    results.write_text(first + '{"key": "grid/magni')
+    study.run(results, limit=1)
+    assert results.read_text().startswith(first)
+    keys = [record["key"] for record in study.finished(results)]
+    assert keys == ["grid/dense//0/", "grid/magnitude/50 %/0/"]
+    record = list(study.finished(results))[1]
+    # floor(columns · 0.5) of each row.
+    assert record["zeros"] == pytest.approx(0.5, abs=0.002)
+    assert len(record["windows"]) == study.TEST_WINDOWS
+    # Dense is at 4.08 nats (ppl 59) here and magnitude at 50 % adds about a tenth; a broken model is above 6.
+    assert 4.0 < statistics.fmean(record["windows"]) < 4.4
+
+
+# ---- statistics
+
+
+def test_differences_are_averaged_over_seeds_before_their_spread_is_taken(maths):
+    first = [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
+    second = [[1.1, 2.4, 3.2], [1.3, 2.2, 3.0]]
+    difference = maths.paired_difference(first, second)
+    assert difference.mean == pytest.approx(0.2)
+    assert difference.by_seed == pytest.approx((0.7 / 3, 0.5 / 3))
+    spread = statistics.stdev([0.2, 0.3, 0.1])
+    assert difference.error == pytest.approx(maths.student_quantile(2) * spread / math.sqrt(3))
+
+
+def test_the_quantile_is_students(maths):
+    def tail(freedom, quantile, steps=20000):
+        # Plain midpoint rule over the density up to the quantile, from the middle.
+        factor = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
+        width = quantile / steps
+        return (
+            factor * width * sum((1 + ((k + 0.5) * width) ** 2 / freedom) ** (-(freedom + 1) / 2) for k in range(steps))
+        )
+
+    # The density at the quantile is 0.05, so 1e-4 in the quantile is 5e-6 in the probability.
+    for freedom in (10, 23):
+        assert tail(freedom, maths.student_quantile(freedom)) == pytest.approx(0.475, abs=1e-5)
+
+
+def test_the_interval_agrees_with_a_bootstrap_over_windows(maths):
+    random.seed(0)
+    effect = [random.gauss(0.02, 0.03) for _ in range(24)]
+    first = [[random.gauss(4, 0.5) for _ in range(24)] for _ in range(3)]
+    second = [[a + e + random.gauss(0, 0.01) for a, e in zip(seed, effect, strict=True)] for seed in first]
+    difference = maths.paired_difference(first, second)
+    means = []
+    for _ in range(4000):
+        drawn = random.choices(range(24), k=24)
+        means.append(statistics.fmean(second[s][w] - first[s][w] for s in range(3) for w in drawn))
+    # The bootstrap lacks the factor 24/23 in the variance and Student's tail: 1.96 · √(23/24) / 2.069 = 0.93 of ours.
+    # Its own noise with 4000 draws is 1.2 % (one standard error of a standard deviation), allowed three times.
+    assert 1.96 * statistics.stdev(means) / difference.error == pytest.approx(0.93, abs=0.035)
+    assert statistics.fmean(means) == pytest.approx(difference.mean, abs=0.001)
+
+
+def test_the_interval_covers_what_it_should(maths):
+    """95 % of the intervals hold the true difference, though the seeds of a window are alike."""
+    draw = random.Random(1)
+    zeros = [[0.0] * 24] * 3
+    hits = naive_hits = 0
+    for _ in range(1500):
+        windows = [draw.gauss(0, 1) for _ in range(24)]
+        runs = [[w + draw.gauss(0, 0.3) for w in windows] for _ in range(3)]
+        difference = maths.paired_difference(zeros, runs)
+        hits += abs(difference.mean) < difference.error
+        everything = [loss for run in runs for loss in run]
+        naive_hits += abs(difference.mean) < 1.96 * statistics.stdev(everything) / math.sqrt(72)
+    # Three standard errors of a share of 0.95 in 1500: 0.017.
+    assert hits / 1500 == pytest.approx(0.95, abs=0.017)
+    # Taking the 72 losses as independent would be wrong by far; so the simulation can tell.
+    assert naive_hits / 1500 < 0.8
+
+
+def test_clear_needs_the_interval_and_every_seed(maths):
+    assert maths.Difference(0.02, 0.01, (0.01, 0.03, 0.02)).clear
+    assert maths.Difference(-0.02, 0.01, (-0.01, -0.03, -0.02)).clear
+    assert not maths.Difference(0.02, 0.03, (0.01, 0.03, 0.02)).clear
+    assert not maths.Difference(0.02, 0.01, (-0.001, 0.04, 0.02)).clear
+
+
+def test_a_difference_in_percent(maths):
+    difference = maths.Difference(math.log(1.1), math.log(1.05), (0.1,))
+    assert difference.percent == pytest.approx(10)
+    assert difference.percent_ends == pytest.approx((100 * (1.1 / 1.05 - 1), 100 * (1.1 * 1.05 - 1)))
+
+
+# ---- report
+
+
+def test_the_report_refuses_an_unfinished_study(study, report):
+    records = made_up_records(study)
+    with pytest.raises(UsageError, match=r"2 of \d+ cells are not done, first 'grid/magnitude/50 %/0/'"):
+        report.load_runs([records[0], *records[3:]])
+
+
+def test_the_report_refuses_cells_of_different_evaluations(study, report):
+    records = made_up_records(study)
+    records[5]["windows"] = records[5]["windows"][:16]
+    with pytest.raises(UsageError, match="16 test windows, the dense one has 24"):
+        report.load_runs(records)
+
+
+def test_the_table_shows_the_paired_change_to_the_stock_method(study, report, maths):
+    records = made_up_records(study)
+    by_key = {record["key"]: record["windows"] for record in records}
+    line = next(row for row in report.tables(records)["grid"].splitlines() if row.startswith("| sink-aware Wanda |"))
+    shown = line.split("|")[5].strip()
+    stock, ours = ([by_key[f"grid/{m}/2:4/{seed}/"] for seed in range(3)] for m in ("Wanda", "sink-aware Wanda"))
+    ppl = math.exp(statistics.fmean(loss for seed in ours for loss in seed))
+    change = math.exp(
+        statistics.fmean(b - a for x, y in zip(stock, ours, strict=True) for a, b in zip(x, y, strict=True))
+    )
+    assert shown.replace("*", "").startswith(f"{ppl:.1f} ({100 * (change - 1):+.1f} ± ")
+
+
+def test_results_are_written_so_that_the_report_can_be_made_again(study, report, tmp_path):
+    records = made_up_records(study)
+    (tmp_path / "images").mkdir()
+    places = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\ntext\n" for name in report.tables(records))
+    (tmp_path / "study.md").write_text("head\n" + places)
+    report.write_report(records, tmp_path)
+    first = (tmp_path / "study.md").read_text()
+    assert first.startswith("head\n")
+    assert "old" not in first
+    assert (tmp_path / "images" / "study.png").read_bytes().startswith(b"\x89PNG")
+    committed = list(report.committed_records(tmp_path))
+    results = (tmp_path / "study-results.json").read_text()
+    report.write_report(committed, tmp_path)
+    assert (tmp_path / "study.md").read_text() == first
+    assert (tmp_path / "study-results.json").read_text() == results
+
+
+def test_a_page_without_a_place_for_a_table_is_refused(study, report, tmp_path):
+    (tmp_path / "study.md").write_text("no place\n")
+    with pytest.raises(UsageError, match="no single place <!-- grid -->"):
+        report.write_report(made_up_records(study), tmp_path)
+
+
+def test_the_committed_page_shows_the_committed_results(report):
+    page = (DOCS / "study.md").read_text(encoding="utf-8")
+    for name, table in report.tables(list(report.committed_records(DOCS))).items():
+        assert f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in page, f"run benchmarks/study.py --report ({name})"
+
+
+def test_the_committed_results_are_of_all_cells_and_of_models_as_sparse_as_asked(study):
+    content = json.loads((DOCS / "study-results.json").read_text(encoding="utf-8"))
+    assert list(content["cells"]) == [cell.key for cell in study.cells()]
+    for cell in study.cells():
+        expected = study.PATTERNS[cell.pattern][0] if cell.pattern else 0.0
+        # floor(columns · 0.6) of each row of 128 and more columns.
+        assert content["cells"][cell.key]["zeros"] == pytest.approx(expected, abs=0.008), cell.key
