@@ -155,6 +155,17 @@ def test_any_n_of_m(cls, structure, n, m, model, tokenizer, golden_windows):
 
 
 @pytest.mark.parametrize("cls", ALL)
+def test_a_pruned_model_pruned_further_keeps_its_zeros(cls, model, tokenizer, golden_windows):
+    run_oneshot(model, tokenizer, cls(mask_structure="2:4", **QUICK), golden_windows[:2])
+    before = {name: module.weight == 0 for name, module in block_linears(model).items()}
+    run_oneshot(model, tokenizer, cls(sparsity=0.7, preserve_sparsity_mask=True, **QUICK), golden_windows[:2])
+    for name, module in block_linears(model).items():
+        assert (module.weight[before[name]] == 0).all(), name
+        # floor(512 · 0.7) / 512 and the like
+        assert float((module.weight == 0).float().mean()) == pytest.approx(0.7, abs=0.006), name
+
+
+@pytest.mark.parametrize("cls", ALL)
 def test_one_sparsity_for_each_block_and_ignore(cls, model, tokenizer, golden_windows):
     wanted = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
     run_oneshot(model, tokenizer, cls(sparsity=wanted, ignore=["re:.*q_proj"], **QUICK), golden_windows[:2])

@@ -71,4 +71,6 @@ class SinkAwareADMMModifier(HessianModifierBase):
                 f"the Hessian of {leader} is not positive definite with dampening_frac {self.dampening_frac:g}; pruned "
                 f"with {prepared.dampening_frac:g} instead, more calibration samples would do with less"
             )
-        return lambda W, sparsity: solve(W, prepared, sparsity, self._structure, self._options)
+        return lambda W, sparsity: solve(
+            W, prepared, sparsity, self._structure, self._options, fixed_zeros=self._fixed_zeros(W)
+        )

@@ -18,7 +18,6 @@ REFUSED_FIELDS = {
     "owl_m": "OWL is not supported; give `sparsity` a list with one value for each decoder block",
     "owl_lmbda": "OWL is not supported; give `sparsity` a list with one value for each decoder block",
     "sequential_update": "it is deprecated; `propagate_error` says whether later blocks see pruned outputs",
-    "preserve_sparsity_mask": "existing zeros are not pinned; prune the dense model at the final sparsity",
 }
 
 
@@ -37,6 +36,7 @@ class SinkAwareFields(Modifier):
     :param sink_scope: ``all`` suppresses every sink found at a timestep, ``transient`` spares persistent positions
     :param sink_persistence: mean mask over the timesteps from which a position counts as persistent
     :param timestep_weighting: weight of a timestep's rows in sums of squares: 1, 1/t or 1/t²
+    :param preserve_sparsity_mask: weights that are zero already stay zero and count; Wanda keeps them in any case
     :param mask_token_id: mask token, where neither config nor family tells it
     :param seed: seed of the corruption, and of the choice among the samples of a loader that shuffles
     :param hidden_states: where the passes' hidden states wait between decoder blocks: ``memory``, or ``disk`` for a
@@ -60,6 +60,7 @@ class SinkAwareFields(Modifier):
     sink_scope: Literal["all", "transient"] = "all"
     sink_persistence: float = Field(default=0.5, gt=0.0, le=1.0, allow_inf_nan=False)
     timestep_weighting: Literal["uniform", "inverse", "inverse_square"] = "uniform"
+    preserve_sparsity_mask: bool = False
     mask_token_id: int | None = None
     seed: int = 0
     hidden_states: Literal["memory", "disk"] = "memory"

@@ -136,6 +136,10 @@ class HessianModifierBase(SinkAwareModifierBase):
             groups.setdefault(leader, []).append(by_name[name])
         return list(groups.values())
 
+    def _fixed_zeros(self, W: torch.Tensor) -> torch.Tensor | None:
+        """(rows, C) bool, weights that must stay zero; None where any may be filled."""
+        return W == 0 if self.preserve_sparsity_mask else None
+
     # ---- statistics
 
     def _keep_dense_input(self, leader: str, x: torch.Tensor, _each: CalibrationPass) -> None:

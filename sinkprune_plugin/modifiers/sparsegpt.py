@@ -57,7 +57,14 @@ class SinkAwareSparseGPTModifier(HessianModifierBase):
 
         def solve(W: torch.Tensor, sparsity: float) -> tuple[torch.Tensor, float]:
             target = W if drift is None else factor.dense_output_target(W, drift)
-            pruned, loss = sparsify_weight(target, factor, sparsity, self._structure, block_size=self.block_size)
+            pruned, loss = sparsify_weight(
+                target,
+                factor,
+                sparsity,
+                self._structure,
+                block_size=self.block_size,
+                fixed_zeros=self._fixed_zeros(W),
+            )
             return pruned.to(W.dtype), loss
 
         return solve

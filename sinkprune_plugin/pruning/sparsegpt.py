@@ -120,6 +120,7 @@ def sparsify_weight(
     structure: MaskStructure,
     *,
     block_size: int,
+    fixed_zeros: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, float]:
     """Prune a weight column by column and let the remaining columns make up for the error.
 
@@ -131,6 +132,8 @@ def sparsify_weight(
     :param sparsity: share of zeros for the unstructured case
     :param structure: mask structure
     :param block_size: columns in a lazy-update block; for N:M widened to a multiple of M
+    :param fixed_zeros: (rows, C) bool, weights that must stay zero, for instance those of a pruned model: they go first
+        and count, and where they alone are more than the share, more go
     :return: pruned weight in W's dtype, and Σ (error)² / 2 in the Hessian's metric
     """
     dtype = W.dtype
@@ -148,11 +151,13 @@ def sparsify_weight(
         block = W[:, start:stop]
         U_block = U[start:stop, start:stop]
         diagonal = U_block.diagonal()
+        fixed = None if fixed_zeros is None else fixed_zeros[:, start:stop]
         if structure.unstructured:
-            scores = block.square() / diagonal.square()
+            scores = _first(block.square() / diagonal.square(), fixed)
             # The small addend keeps 0.7 · 10 = 7 from flooring to 6 in floating point.
             count = int(scores.numel() * sparsity + 1e-9)
             mask = lowest_in_rows(scores.reshape(1, -1), count).reshape(scores.shape)
+            mask = mask if fixed is None else mask | fixed
         else:
             mask = torch.zeros_like(block, dtype=torch.bool)
 
@@ -160,7 +165,11 @@ def sparsify_weight(
         for column in range(stop - start):
             if not structure.unstructured and column % structure.m == 0:
                 group = slice(column, column + structure.m)
-                mask[:, group] = structure.lowest_in_groups(block[:, group].square() / diagonal[group].square())
+                scores = block[:, group].square() / diagonal[group].square()
+                if fixed is None:
+                    mask[:, group] = structure.lowest_in_groups(scores)
+                else:
+                    mask[:, group] = structure.lowest_in_groups(_first(scores, fixed[:, group])) | fixed[:, group]
             error = torch.where(mask[:, column], block[:, column], 0.0) / diagonal[column]
             block[:, column:].addr_(error, U_block[column, column:], alpha=-1.0)
             errors[:, column] = error
@@ -169,3 +178,8 @@ def sparsify_weight(
         loss += errors.square().sum() / 2
         W[:, stop:].addmm_(errors, U[start:stop, stop:], alpha=-1.0)
     return W.to(dtype), float(loss)
+
+
+def _first(scores: torch.Tensor, fixed: torch.Tensor | None) -> torch.Tensor:
+    """Put fixed zeros before everything else: updates of earlier columns have filled them meanwhile."""
+    return scores if fixed is None else scores.masked_fill(fixed, -1.0)

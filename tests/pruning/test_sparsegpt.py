@@ -99,6 +99,31 @@ def test_keeps_the_outputs_better_than_the_mask_alone():
     assert (x[0] @ pruned.T - dense).norm() < 0.8 * (x[0] @ masked.T - dense).norm()
 
 
+@pytest.mark.parametrize(
+    ("structure", "sparsity"), [(UNSTRUCTURED, 0.75), (UNSTRUCTURED, 0.3), (MaskStructure(2, 4), 0.5)]
+)
+def test_fixed_zeros_stay_and_count(structure, sparsity):
+    W, x = make_case(5, 32, 64)
+    fixed = torch.rand(32, 64, generator=torch.Generator().manual_seed(0)) < 0.5
+    W[fixed] = 0.0
+    H = torch.zeros(64, 64)
+    accumulate_hessian(H, x, torch.ones(x.shape[:2]))
+    factor = invert_hessian(H, 0.01, "proj")
+    free, _ = sparsify_weight(W, factor, sparsity, structure, block_size=16)
+    # Where less goes than is zero, nothing has an error to hand on.
+    assert bool((free[fixed] != 0).any()) == (sparsity >= 0.5), "without the mask, updates fill zeros"
+    pruned, _ = sparsify_weight(W, factor, sparsity, structure, block_size=16, fixed_zeros=fixed)
+    assert (pruned[fixed] == 0).all()
+    if structure.unstructured:
+        # Each block of 16 columns has half of its 512 weights fixed, give or take.
+        zeros = (pruned == 0).reshape(32, 4, 16).sum(dim=(0, 2))
+        expected = fixed.reshape(32, 4, 16).sum(dim=(0, 2)).clamp(min=int(512 * sparsity))
+        assert zeros.tolist() == expected.tolist()
+    else:
+        groups = (pruned == 0).reshape(32, 16, 4).sum(dim=-1)
+        assert torch.equal(groups, fixed.reshape(32, 16, 4).sum(dim=-1).clamp(min=2))
+
+
 def test_token_weights_scale_rows_before_the_outer_product():
     _, x = make_case(3, 1, 8, tokens=20)
     weights = torch.rand(1, 20)
