@@ -40,6 +40,8 @@ QUICK = {"diffusion_steps": 4, "sample_interval": 2}
         ({"sparsity": 0.5, "sink_alpha": 0.0}, "sink_alpha\n.*greater than 0"),
         ({"sparsity": 0.5, "sink_persistence": 0.0}, "sink_persistence\n.*greater than 0"),
         ({"sparsity": 0.5, "sink_persistence": 1.5}, "sink_persistence\n.*less than or equal to 1"),
+        ({"sparsity": [0.5, 0.6], "allocation": "early_sparser"}, "a list of sparsities fixes"),
+        ({"mask_structure": "2:4", "allocation": "late_sparser"}, "mask_structure 2:4 fixes"),
         ({"sparsity": 0.5, "save_format": "os:system"}, "sparse-24-bitmask"),
     ],
 )

@@ -165,6 +165,31 @@ def test_a_pruned_model_pruned_further_keeps_its_zeros(cls, model, tokenizer, go
         assert float((module.weight == 0).float().mean()) == pytest.approx(0.7, abs=0.006), name
 
 
+@pytest.mark.parametrize(("allocation", "sign"), [("early_sparser", 1), ("late_sparser", -1)])
+def test_allocation_over_the_depth_keeps_the_total(allocation, sign, model, tokenizer, golden_windows, tmp_path):
+    modifier = SinkAwareADMMModifier(sparsity=0.6, allocation=allocation, **QUICK)
+    oneshot(
+        model=model,
+        tokenizer=tokenizer,
+        dataset=calibration_dataset(golden_windows[:2]),
+        recipe=[modifier],
+        num_calibration_samples=2,
+        max_seq_length=256,
+        output_dir=str(tmp_path),
+    )
+    found = sparsities(model)
+    of_blocks = [sum(value for name, value in found.items() if f".blocks.{index}." in name) / 7 for index in range(6)]
+    # floor() for each of seven weights of at least 36,864 entries
+    assert of_blocks == pytest.approx([0.6 + sign * 0.1 * (1 - 2 * index / 5) for index in range(6)], abs=1e-4)
+    weights = [module.weight for module in block_linears(model).values()]
+    total = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    assert total == pytest.approx(0.6, abs=1e-4)
+    [saved] = yaml.safe_load((tmp_path / "recipe.yaml").read_text()).values()
+    [fields] = [each["SinkAwareADMMModifier"] for each in saved.values()]
+    assert fields["sparsity"] == pytest.approx(of_blocks, abs=1e-4)
+    assert fields.get("allocation", "uniform") == "uniform"
+
+
 @pytest.mark.parametrize("cls", ALL)
 def test_one_sparsity_for_each_block_and_ignore(cls, model, tokenizer, golden_windows):
     wanted = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7]

@@ -17,6 +17,7 @@ from pydantic import PrivateAttr
 from sinkprune_plugin.diffusion import resolve_diffusion, timestep_weight
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers import distributed
+from sinkprune_plugin.modifiers.block_sparsities import allocate
 from sinkprune_plugin.modifiers.calibration import CalibrationBatch, calibration_context, collect_batches
 from sinkprune_plugin.modifiers.fields import SinkAwareFields
 from sinkprune_plugin.modifiers.finite_check import FiniteCheck
@@ -89,6 +90,11 @@ class SinkAwareModifierBase(SinkAwareFields):
             )
         if state.data.calib is None:
             collect_batches(None)
+        if self.allocation != "uniform" and isinstance(self.sparsity, float):
+            values = allocate(self.sparsity, self.allocation, self.allocation_spread, self._targets, len(self._blocks))
+            # Plain assignment would run validation again, which refuses the two together.
+            self.__dict__.update(sparsity=values, allocation="uniform")
+            logger.info(f"{type(self).__name__}: sparsity by block {', '.join(f'{value:.3f}' for value in values)}")
         return True
 
     def on_calibration_start(self, state: State, event: Event, **_kwargs: Any) -> None:  # noqa: ARG002

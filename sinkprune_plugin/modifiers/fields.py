@@ -25,6 +25,9 @@ class SinkAwareFields(Modifier):
     """The recipe fields of all sink-aware modifiers.
 
     :param sparsity: share of zeros in (0, 1), one value or one for each decoder block; may be left out for N:M
+    :param allocation: how one sparsity is spread over the decoder blocks: ``uniform``; ``early_sparser`` and
+        ``late_sparser`` let it fall or rise linearly over the depth
+    :param allocation_spread: sparsity of the first block less the mean, for the latter two
     :param mask_structure: ``"0:0"`` for unstructured, ``"N:M"`` for N zeros in every M consecutive input columns
     :param targets: module class names, names or ``re:`` patterns; class names reach into decoder blocks only
     :param ignore: the same, for modules to leave alone
@@ -49,6 +52,8 @@ class SinkAwareFields(Modifier):
     requires_calibration_data: bool = Field(default=False, exclude=True)
 
     sparsity: float | list[float] | None = None
+    allocation: Literal["uniform", "early_sparser", "late_sparser"] = "uniform"
+    allocation_spread: float = Field(default=0.1, gt=0.0, lt=1.0)
     mask_structure: str = "0:0"
     targets: str | list[str] = Field(default_factory=lambda: ["Linear"])
     ignore: list[str] = Field(default_factory=list)
@@ -89,6 +94,12 @@ class SinkAwareFields(Modifier):
         # Plain assignment would run validation again.
         self.__dict__["sparsity"] = resolve_sparsity(self.sparsity, self._structure)
         self._grid = timestep_grid(self.diffusion_steps, self.sample_interval)
+        if self.allocation != "uniform" and (isinstance(self.sparsity, list) or not self._structure.unstructured):
+            given = "a list of sparsities" if isinstance(self.sparsity, list) else f"mask_structure {self._structure}"
+            raise UsageError(
+                f"allocation {self.allocation} spreads one sparsity over the blocks, which {given} fixes; drop one of "
+                "the two"
+            )
         if self.save_format == "sparse-24-bitmask" and not self._structure.implies_2_of_4:
             raise UsageError(
                 f"save_format sparse-24-bitmask needs mask_structure 2:4, not {self._structure}; use "
