@@ -167,6 +167,24 @@ def test_wanda_prunes_the_same_weights_in_one_sweep_and_in_two(fields, loader, t
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
 
 
+def test_reconstructed_weights_have_wandas_mask_and_less_error(reference, loader, tokenizer):
+    _, masked = run(SinkAwareWandaModifier, loader, tokenizer)
+    _, solved = run(SinkAwareWandaModifier, loader, tokenizer, reconstruct=True)
+    dense = reference.model.state_dict()
+    names = [name for name, weight in dense.items() if ".blocks." in name and weight.dim() == 2]
+    rows = {}
+    for inputs, weights, _ in reference.cases([name.removesuffix(".weight") for name in names]):
+        for name, x in inputs.items():
+            rows.setdefault(f"{name}.weight", []).append((weights.unsqueeze(-1) * x).flatten(0, 1))
+    for name in names:
+        before, after = masked.state_dict()[name], solved.state_dict()[name]
+        assert torch.equal(before == 0, after == 0), name
+        X = torch.cat(rows[name])
+        errors = [((W - dense[name]).double() @ X.T).square().sum() for W in (before, after)]
+        # The least squares on that mask are far below what Wanda leaves.
+        assert errors[1] < 0.7 * errors[0], name
+
+
 def test_the_aggregation_follows_the_weighting_unless_it_is_given():
     assert SinkAwareWandaModifier(sparsity=0.5).norm_aggregation == "sum_of_norms"
     assert SinkAwareWandaModifier(sparsity=0.5, timestep_weighting="inverse").norm_aggregation == "sum_of_squares"

@@ -17,7 +17,7 @@ from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, Pa
 from sinkprune_plugin.modifiers.run_estimate import SweepPlan, hessian_bytes
 from sinkprune_plugin.modifiers.targets import PruningTarget
 from sinkprune_plugin.modifiers.trajectory import clean_pass
-from sinkprune_plugin.pruning.hessian import accumulate_drift
+from sinkprune_plugin.pruning.hessian import accumulate_drift, square_matrix
 from sinkprune_plugin.pruning.sparsegpt import accumulate_hessian
 
 __all__ = ["HessianModifierBase"]
@@ -148,11 +148,11 @@ class HessianModifierBase(SinkAwareModifierBase):
 
     def _observe(self, leader: str, x: torch.Tensor, each: CalibrationPass) -> None:
         weights = each.row_weights.to(x.device)
-        H = _matrix(self._hessians, leader, x)
+        H = square_matrix(self._hessians, leader, x)
         accumulate_hessian(H, x, weights, each.square_scale)
         self._finite.note(H.diagonal(), leader, each.source)
         if leader in self._dense_inputs:
-            D = _matrix(self._drifts, leader, x)
+            D = square_matrix(self._drifts, leader, x)
             accumulate_drift(D, x, self._dense_inputs.pop(leader), weights, each.square_scale)
 
     def _take_statistics(self, leader: str) -> list[torch.Tensor]:
@@ -201,13 +201,6 @@ class _DenseWeights:
 def _linear(weight: torch.Tensor, module: torch.nn.Linear) -> Any:
     # Not the parameter itself: an offloaded one would be written to its place in main memory.
     return lambda input: F.linear(input, weight, module.bias)
-
-
-def _matrix(matrices: dict[str, torch.Tensor], leader: str, x: torch.Tensor) -> torch.Tensor:
-    if leader not in matrices:
-        size = x.shape[-1]
-        matrices[leader] = torch.zeros(size, size, dtype=torch.float32, device=x.device)
-    return matrices[leader]
 
 
 def _weighted(each: CalibrationPass, weights: torch.Tensor) -> CalibrationPass:

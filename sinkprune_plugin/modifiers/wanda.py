@@ -5,13 +5,16 @@ from dataclasses import replace
 
 import torch
 from compressed_tensors.offload import disable_onloading
-from pydantic import PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.base import SinkAwareModifierBase, Solver
 from sinkprune_plugin.modifiers.input_observer import InputObserver
 from sinkprune_plugin.modifiers.passes import CalibrationPass, PassEngine
-from sinkprune_plugin.modifiers.run_estimate import SweepPlan
+from sinkprune_plugin.modifiers.run_estimate import SweepPlan, hessian_bytes
+from sinkprune_plugin.pruning.hessian import prepare_hessian, square_matrix
+from sinkprune_plugin.pruning.reconstruct import reconstruct
+from sinkprune_plugin.pruning.sparsegpt import accumulate_hessian
 from sinkprune_plugin.pruning.wanda import ActivationNorms, NormAggregation, sparsify_weight
 
 __all__ = ["SinkAwareWandaModifier"]
@@ -56,12 +59,18 @@ class SinkAwareWandaModifier(SinkAwareModifierBase):
     :param norm_aggregation: ``sum_of_norms`` over samples and timesteps, as published, or ``sum_of_squares``, the root
         of the weighted sum of squares; left out: ``sum_of_norms`` for ``timestep_weighting: uniform``, else
         ``sum_of_squares``
+    :param reconstruct: solve for the weights that stay, given the mask, so that the outputs stay close to the dense
+        ones; takes Hessians as SparseGPT does
+    :param dampening_frac: share of the mean diagonal added to those Hessians
     """
 
     propagate_error: bool = False
     norm_aggregation: NormAggregation | None = None
+    reconstruct: bool = False
+    dampening_frac: float = Field(default=0.01, gt=0.0, allow_inf_nan=False)
 
     _norms: dict[str, ActivationNorms] = PrivateAttr(default_factory=dict)
+    _hessians: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _choose_aggregation(self) -> "SinkAwareWandaModifier":
@@ -86,7 +95,8 @@ class SinkAwareWandaModifier(SinkAwareModifierBase):
 
     def _statistics_bytes(self, noisy: SweepPlan) -> int:
         norms = 8 * sum(target.module.in_features for target in self._targets)
-        return norms + (self._input_bytes(noisy.tokens) if self._keeps_inputs(noisy.tokens) else 0)
+        inputs = self._input_bytes(noisy.tokens) if self._keeps_inputs(noisy.tokens) else 0
+        return norms + inputs + (hessian_bytes(self._targets) if self.reconstruct else 0)
 
     def _keeps_inputs(self, tokens: int) -> bool:
         """Whether all inputs are kept while the sinks are found, so that one sweep does."""
@@ -123,16 +133,26 @@ class SinkAwareWandaModifier(SinkAwareModifierBase):
     def _observe(self, leader: str, x: torch.Tensor, each: CalibrationPass) -> None:
         assert self.norm_aggregation is not None  # _choose_aggregation fills it
         norms = self._norms.setdefault(leader, ActivationNorms(self.norm_aggregation))
-        terms = norms.add(x, each.row_weights.to(x.device), each.square_scale)
-        self._finite.note(terms, leader, each.source)
+        weights = each.row_weights.to(x.device)
+        self._finite.note(norms.add(x, weights, each.square_scale), leader, each.source)
+        if self.reconstruct:
+            accumulate_hessian(square_matrix(self._hessians, leader, x), x, weights, each.square_scale)
 
     def _take_statistics(self, leader: str) -> list[torch.Tensor]:
         total = self._norms[leader].total
         assert total is not None  # a leader is named by its first input
-        return [total]
+        return [total, self._hessians.pop(leader)] if self.reconstruct else [total]
 
     def _solver(self, leader: str, statistics: list[torch.Tensor], device: torch.device) -> Solver:
         gathered = self._norms.pop(leader)
         gathered.total = statistics[0].to(device)
         norms = gathered.norms()
-        return lambda W, sparsity: (sparsify_weight(W, norms, sparsity, self._structure), None)
+        if not self.reconstruct:
+            return lambda W, sparsity: (sparsify_weight(W, norms, sparsity, self._structure), None)
+        prepared = prepare_hessian(statistics[1].to(device), self.dampening_frac, leader)
+
+        def solve(W: torch.Tensor, sparsity: float) -> tuple[torch.Tensor, float]:
+            mask = sparsify_weight(W, norms, sparsity, self._structure) == 0
+            return reconstruct(W, mask, prepared)
+
+        return solve

@@ -15,7 +15,7 @@ import torch
 
 from sinkprune_plugin.errors import UsageError
 
-__all__ = ["PreparedHessian", "accumulate_drift", "prepare_hessian", "raise_dampening", "row_chunks"]
+__all__ = ["PreparedHessian", "accumulate_drift", "prepare_hessian", "raise_dampening", "row_chunks", "square_matrix"]
 
 PRECISION = torch.float32
 
@@ -161,6 +161,19 @@ def raise_dampening(dampening_frac: float, name: str) -> float:
             "more samples"
         )
     return raised
+
+
+def square_matrix(matrices: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+    """The matrix that gathers second moments under a name, made of zeros at its first input.
+
+    :param matrices: name → (C, C) float32
+    :param name: the name
+    :param x: (…, C) input; the matrix is made on its device
+    :return: (C, C) float32
+    """
+    if name not in matrices:
+        matrices[name] = torch.zeros(x.shape[-1], x.shape[-1], dtype=PRECISION, device=x.device)
+    return matrices[name]
 
 
 def row_chunks(num_rows: int, num_columns: int) -> list[slice]:
