@@ -166,7 +166,7 @@ class PassEngine:
         """Record what each pass calls the first block with."""
         self._calls = []
         device = input_device(self._model)
-        pinned = get_execution_device(self._blocks[0]).type == "cuda"
+        pinned = torch.device(get_execution_device(self._blocks[0])).type == "cuda"
         for index, each in enumerate(self._passes):
             args, kwargs = self._first_call(_moved(each.inputs, device))
             hidden = args[0] if args else kwargs.pop("hidden_states")
