@@ -42,21 +42,30 @@ def zeros(weight):
     return float((weight == 0).float().mean())
 
 
-@pytest.mark.parametrize("modifier", ["WandaPruningModifier", "SparseGPTModifier"])
+OURS = ["SinkAwareWandaModifier", "SinkAwareSparseGPTModifier", "SinkAwareADMMModifier"]
+
+
+@pytest.mark.parametrize("modifier", ["WandaPruningModifier", "SparseGPTModifier", *OURS])
 @pytest.mark.parametrize("kind", ["llada", "Dream"])
-def test_stock_modifiers_prune_the_native_classes(kind, modifier, dream, tmp_path):
+def test_stock_modifiers_and_ours_prune_the_native_classes(kind, modifier, dream, tmp_path):
     from llmcompressor import oneshot
-    from llmcompressor.modifiers import pruning
+    from llmcompressor.modifiers.factory import ModifierFactory
     from transformers import AutoModelForCausalLM
 
     folder = folder_of(kind, dream)
     head = "model.transformer.ff_out" if kind == "llada" else "lm_head"
-    recipe = getattr(pruning, modifier)(
+    ModifierFactory.refresh()
+    quick = {"diffusion_steps": 2, "sample_interval": 1, "save_format": "dense"} if modifier in OURS else {}
+    recipe = ModifierFactory.create(
+        modifier,
+        allow_registered=True,
+        allow_experimental=False,
         sparsity=0.5,
         mask_structure="0:0",
         targets=["Linear"],
         # The stock modifiers match names with a trailing dot, which a plain "lm_head" doesn't.
         ignore=[f"re:^{head}\\b"],
+        **quick,
     )
     oneshot(
         model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
