@@ -3,7 +3,6 @@
 from typing import Literal, Self
 
 import torch
-from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 
 from sinkprune_plugin.modifiers.base import Solver
@@ -66,11 +65,7 @@ class SinkAwareADMMModifier(HessianModifierBase):
     def _solver(self, leader: str, statistics: list[torch.Tensor], device: torch.device) -> Solver:
         H, drift = self._second_moments(statistics, device)
         prepared = prepare_hessian(H, self.dampening_frac, leader, drift=drift)
-        if prepared.dampening_frac > self.dampening_frac:
-            logger.warning(
-                f"the Hessian of {leader} is not positive definite with dampening_frac {self.dampening_frac:g}; pruned "
-                f"with {prepared.dampening_frac:g} instead, more calibration samples would do with less"
-            )
+        self._report_dampening(leader, prepared.dampening_frac)
         return lambda W, sparsity: solve(
             W, prepared, sparsity, self._structure, self._options, fixed_zeros=self._fixed_zeros(W)
         )

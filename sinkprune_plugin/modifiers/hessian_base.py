@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 
 from sinkprune_plugin.errors import UsageError
@@ -135,6 +136,13 @@ class HessianModifierBase(SinkAwareModifierBase):
         for name, leader in observer.leaders.items():
             groups.setdefault(leader, []).append(by_name[name])
         return list(groups.values())
+
+    def _report_dampening(self, leader: str, used: float) -> None:
+        if used > self.dampening_frac:
+            logger.warning(
+                f"the Hessian of {leader} is not positive definite with dampening_frac {self.dampening_frac:g}; pruned "
+                f"with {used:g} instead, more calibration samples would do with less"
+            )
 
     def _fixed_zeros(self, W: torch.Tensor) -> torch.Tensor | None:
         """(rows, C) bool, weights that must stay zero; None where any may be filled."""

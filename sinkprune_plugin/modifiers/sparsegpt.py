@@ -1,7 +1,6 @@
 """Sink-aware SparseGPT as an llm-compressor modifier."""
 
 import torch
-from loguru import logger
 from pydantic import Field
 
 from sinkprune_plugin.modifiers.base import Solver
@@ -49,11 +48,7 @@ class SinkAwareSparseGPTModifier(HessianModifierBase):
     def _solver(self, leader: str, statistics: list[torch.Tensor], device: torch.device) -> Solver:
         H, drift = self._second_moments(statistics, device)
         factor = invert_hessian(H, self.dampening_frac, leader)
-        if factor.dampening_frac > self.dampening_frac:
-            logger.warning(
-                f"the Hessian of {leader} is not positive definite with dampening_frac {self.dampening_frac:g}; pruned "
-                f"with {factor.dampening_frac:g} instead, more calibration samples would do with less"
-            )
+        self._report_dampening(leader, factor.dampening_frac)
 
         def solve(W: torch.Tensor, sparsity: float) -> tuple[torch.Tensor, float]:
             target = W if drift is None else factor.dense_output_target(W, drift)
