@@ -94,7 +94,7 @@ def test_calibration_data(cls, model, tokenizer, golden_windows):
     refused(
         model,
         cls(sparsity=0.5, **QUICK),
-        "all 2 calibration samples have less than 8 tokens",
+        "all 2 calibration samples have fewer than 8 tokens",
         tokenizer,
         golden_windows[:2, :7],
     )

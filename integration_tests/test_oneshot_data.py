@@ -22,7 +22,7 @@ from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
 from sinkprune_plugin.text_windows import embedded_text, read_documents
 
 QUICK = {"diffusion_steps": 4, "sample_interval": 2}
-SKIPPED = "calibration samples of less than 8 tokens"
+SKIPPED = "calibration samples of fewer than 8 tokens"
 BOTH = [SinkAwareWandaModifier, SinkAwareSparseGPTModifier]
 
 

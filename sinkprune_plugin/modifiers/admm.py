@@ -38,7 +38,7 @@ class SinkAwareADMMModifier(HessianModifierBase):
     :param iterations: ADMM iterations, each one matrix product
     :param gradual_iterations: iterations over which the mask grows
     :param penalty: ρ of ADMM, in units of the Hessian's diagonal
-    :param refine: ``conjugate_gradient`` solves for the weights on the final mask, ``none`` takes ADMM's
+    :param refine: ``conjugate_gradient`` solves for the weights on the final mask, ``none`` keeps those of ADMM
     """
 
     within_block: Literal["sequential", "parallel"] = "sequential"

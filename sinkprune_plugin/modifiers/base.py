@@ -140,7 +140,7 @@ class SinkAwareModifierBase(SinkAwareFields):
         clean = SweepPlan(num_batches, tokens)
         noisy = SweepPlan(num_batches * len(self._grid), tokens * len(self._grid))
         sweeps = self._sweeps(clean, noisy)
-        # Weights are asked for their sizes only, which must not bring them in.
+        # Only the sizes of weights are read, which must not onload them.
         with disable_onloading():
             return RunEstimate(
                 sweeps,
@@ -307,7 +307,7 @@ class SinkAwareModifierBase(SinkAwareFields):
         :param block: the block
         :param targets: targets in it, perhaps none
         :param advance_dense: pass on the outputs of the dense block, which saves a run, not of the pruned one
-        :param last: nobody needs its outputs
+        :param last: its outputs aren't needed
         """
         if targets:
             self._observe_and_prune(targets, lambda watch: block.run(watch, advance=advance_dense))
@@ -339,7 +339,7 @@ class SinkAwareModifierBase(SinkAwareFields):
         """
         served = {leader: [t for t in targets if leaders[t.name] == leader] for leader in sorted(set(leaders.values()))}
         owners = distributed.assign_owners(list(served), lambda leader: _cost(served[leader]))
-        # All sums first, so that the processes then solve side by side.
+        # All sums first, so that the processes then solve in parallel.
         statistics = {leader: self._take_statistics(leader) for leader in served}
         for leader in served:
             for tensor in statistics[leader]:

@@ -80,7 +80,7 @@ def _read_batch(index: int, batch: Any, choice: SampleChoice) -> CalibrationBatc
 
 @contextlib.contextmanager
 def calibration_context(model: torch.nn.Module) -> Iterator[None]:
-    """Everything a calibration pass must hold off: gradients, cache, dropout, fake quantization.
+    """Everything that must be off in a calibration pass: gradients, cache, dropout, fake quantization.
 
     llm-compressor's own ``calibration_forward_context`` is close but forces eager attention, which can't be observed.
 

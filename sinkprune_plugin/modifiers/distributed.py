@@ -52,7 +52,7 @@ def gather_objects(value: Any) -> list[Any]:
     """Collect one picklable value from every process, in rank order.
 
     :param value: this process's value
-    :return: one value a process
+    :return: one value per process
     """
     if world_size() == 1:
         return [value]
@@ -63,7 +63,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """End on every process if one of them fails in here, rather than leave the others waiting for it.
+    """Stop every process if one of them fails in here, instead of leaving the others waiting for it.
 
     There must be no collective operation inside.
 
@@ -89,14 +89,14 @@ def assign_owners(names: Sequence[str], cost: Callable[[str], float]) -> dict[st
 
     :param names: names of the pieces, the same ones in the same order on every process
     :param cost: cost of a piece
-    :return: name → rank of its owner
+    :return: name → rank of the process that does it
     """
     _, _, owners = greedy_bin_packing(list(names), world_size(), cost)
     return owners
 
 
 def reduce_to_owner(tensor: torch.Tensor, owner: int) -> None:
-    """Sum a tensor over all processes, in place on the owner; on the others it is worthless afterwards.
+    """Sum a tensor over all processes, in place on the owner; on the others its content is undefined afterwards.
 
     :param tensor: statistics, the same shape everywhere
     :param owner: rank that needs the sum
@@ -134,6 +134,6 @@ def replace_weight(module: torch.nn.Linear, weight: torch.Tensor | None, owner: 
             onloaded.copy_(weight)
     else:
         update_offload_parameter(module, "weight", weight)
-    # Nobody reads the shared weight before it is there.
+    # The shared weight must not be read before it is written.
     dist.barrier()
     return weight

@@ -11,7 +11,7 @@ from sinkprune_plugin.pruning.patterns import MaskStructure, parse_mask_structur
 
 __all__ = ["SinkAwareFields"]
 
-# Fields of llm-compressor's own pruning modifiers that have no meaning here, each with the way out.
+# Fields of llm-compressor's own pruning modifiers that have no meaning here, each with what to use instead.
 REFUSED_FIELDS = {
     "sparsity_profile": "OWL derives layer sparsities from clean activations, which the corrupted passes don't have; "
     "give `sparsity` a list with one value for each decoder block",
@@ -40,7 +40,7 @@ class SinkAwareFields(Modifier):
     :param sink_persistence: mean mask over the timesteps from which a position counts as persistent
     :param timestep_weighting: weight of a timestep's rows in sums of squares: 1, 1/t or 1/t²
     :param preserve_sparsity_mask: weights that are zero already stay zero and count; Wanda keeps them in any case
-    :param mask_token_id: mask token, where neither config nor family tells it
+    :param mask_token_id: mask token, where neither config nor family names it
     :param seed: seed of the corruption, and of the choice among the samples of a loader that shuffles
     :param hidden_states: where the passes' hidden states wait between decoder blocks: ``memory``, or ``disk`` for a
         file in the directory for temporary files (``TMPDIR``)

@@ -1,4 +1,4 @@
-"""One look at whether statistics are finite, after many inputs instead of after each."""
+"""Whether statistics are finite, asked once after many inputs instead of after each."""
 
 import torch
 
@@ -8,9 +8,9 @@ __all__ = ["FiniteCheck"]
 
 
 class FiniteCheck:
-    """Notes on the device whether each input was finite; the host asks once, and then knows which one wasn't.
+    """Records on the device whether each input was finite; the host asks once and learns which one wasn't.
 
-    A question after each input would make the host wait for the device each time.
+    A check after each input would make the host wait for the device each time.
     """
 
     def __init__(self) -> None:

@@ -30,14 +30,15 @@ class HessianModifierBase(SinkAwareModifierBase):
     :param calibrate_on: ``corrupted`` builds the Hessian along the denoising trajectory, each timestep's rows weighted
         with its own 1 − m; ``clean`` as published: clean samples, rows weighted with 1 − the mean of m over timesteps
     :param dampening_frac: share of the mean diagonal added to the Hessian's diagonal; raised tenfold, with a warning,
-        as often as the Hessian can't be factored
+        until the Hessian can be factored
     :param offload_hessians: keep the Hessians of a block in main memory while they wait to be solved: less device
         memory, a little more time
-    :param target: whose output a pruned Linear is to come close to: ``current``, its own on the inputs that it gets
-        from the model as pruned so far, or ``dense``, the dense model's on the dense model's inputs; the latter carries
-        a second stream of hidden states along
+    :param target: whose output a pruned Linear should reproduce: ``current``, its own on the inputs that it gets
+        from the model as pruned so far, or ``dense``, the dense model's on the dense model's inputs; the latter needs a
+        second stream of hidden states
     :param within_block: ``parallel`` gathers all Hessians of a block before any of its Linears is pruned; with
-        ``sequential`` a Linear sees the pruned ones that come before it in the block, for more runs of the block
+        ``sequential`` a Linear sees the pruned ones that come before it in the block, at the cost of more runs of the
+        block
     """
 
     calibrate_on: Literal["corrupted", "clean"] = "corrupted"
@@ -171,7 +172,7 @@ class HessianModifierBase(SinkAwareModifierBase):
     def _second_moments(
         self, statistics: list[torch.Tensor], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hessian, and drift where the dense output is the target, both scaled to the mean of a sample, times 2."""
+        """Hessian, and drift where the dense output is the target, both scaled to the mean over samples, times 2."""
         H, *drift = [each.to(device).mul_(2.0 / self._samples) for each in statistics]
         return H, drift[0] if drift else None
 
@@ -207,7 +208,7 @@ class _DenseWeights:
 
 
 def _linear(weight: torch.Tensor, module: torch.nn.Linear) -> Any:
-    # Not the parameter itself: an offloaded one would be written to its place in main memory.
+    # Not the parameter itself: an offloaded one would be written back to main memory.
     return lambda input: F.linear(input, weight, module.bias)
 
 

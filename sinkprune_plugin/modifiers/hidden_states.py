@@ -1,4 +1,4 @@
-"""Where the hidden states of all calibration passes wait while one decoder block after the other is run.
+"""Where the hidden states of all calibration passes are kept while the decoder blocks are run one by one.
 
 At 8 B this is the largest piece of memory of a run after the weights: samples × timesteps × T × d. It stays in main
 memory, pinned where a CUDA device reads it, or in one memory-mapped file on disk.
@@ -53,7 +53,7 @@ def check_room(num_bytes: int, place: Place) -> None:
 class HiddenStates:
     """The input of the next decoder block, for every pass; read and written pass by pass.
 
-    On CUDA both directions are copied on a stream of their own: the next pass's states arrive while the present one is
+    On CUDA both directions are copied on a stream of their own: the next pass's states arrive while the current one is
     computed. Copies on that stream keep their order, so a pass is never read before it has been written.
 
     :param place: ``memory`` or ``disk``
@@ -70,7 +70,7 @@ class HiddenStates:
         return sum(state.numel() * state.element_size() for state in self._states)
 
     def allocate(self, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, *, pinned: bool) -> None:
-        """Make room for all passes; nothing is done where there is just this room already.
+        """Make room for all passes; does nothing if exactly this room is there already.
 
         :param shapes: (B, T, d) of each pass
         :param dtype: the hidden states' dtype
@@ -92,7 +92,7 @@ class HiddenStates:
         """Bring in one pass after the other.
 
         :param device: device to bring them to
-        :return: (B, T, d) each; on a CPU the waiting tensor itself, which is not to be written into
+        :return: (B, T, d) each; on a CPU the stored tensor itself, which must not be written into
         """
         if device.type != "cuda":
             yield from (state.to(device) for state in self._states)
@@ -102,14 +102,14 @@ class HiddenStates:
         for index in range(len(self._states)):
             computing.wait_stream(copying)
             hidden = coming
-            # Allocated on the copy stream, which must not give the memory away before this stream is done with it.
+            # Allocated on the copy stream, which must not reuse the memory before this stream is done with it.
             hidden.record_stream(computing)
             if index + 1 < len(self._states):
                 coming = self._fetch(index + 1, device)
             yield hidden
 
     def write(self, index: int, hidden: torch.Tensor) -> None:
-        """Put a pass's next hidden states in place of its last ones.
+        """Replace the hidden states of a pass by those after the block.
 
         :param index: number of the pass
         :param hidden: (B, T, d), on the device of the blocks

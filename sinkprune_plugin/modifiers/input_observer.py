@@ -1,4 +1,4 @@
-"""Hooks on the inputs of Linears, with one look at an input that several of them share (q/k/v, gate/up)."""
+"""Hooks on the inputs of Linears; an input that several of them share (q/k/v, gate/up) is observed once."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +34,7 @@ class InputObserver:
 
     @contextlib.contextmanager
     def watching(self, _number: int, each: CalibrationPass) -> Iterator[None]:
-        """Look at the inputs that come meanwhile, as ones of this pass; outside of it the hooks do nothing."""
+        """While the context is open, report inputs as those of this pass; outside of it the hooks do nothing."""
         self._pass = each
         try:
             yield
@@ -56,7 +56,7 @@ class InputObserver:
     def require_reached(self) -> None:
         """Check that every target has had an input.
 
-        :raises UsageError: if there is one that no pass has come through
+        :raises UsageError: if one was never called in any pass
         """
         missing = [target.name for target in self._targets if target.name not in self.leaders]
         if missing:

@@ -16,7 +16,7 @@ __all__ = ["KeptZeros"]
 # Their solvers move the error of one weight onto others, zeros included. A zero is a value of every scheme, symmetric
 # or not, so putting it back leaves a quantized weight; what is lost is the share of the error that it had taken on.
 _FILL_ZEROS = frozenset({"GPTQModifier", "AutoRoundModifier"})
-# Behind a rotation the zeros are no more, and setting the same places to zero would ruin the model.
+# After a rotation the zeros are gone, and setting the same positions to zero would ruin the model.
 _ROTATE = frozenset({"QuIPModifier", "SpinQuantModifier"})
 
 
@@ -32,7 +32,7 @@ class _Pruned:
 class KeptZeros:
     """Remembers which weights were pruned, one bit each, and puts the zeros back after a quantizer filled them.
 
-    That happens in the first forward pass behind the change, so that the layers that follow are calibrated on the
+    That happens in the first forward pass after the change, so that the layers that follow are calibrated on the
     weights that will be saved, and once more at the end.
 
     :param owner: name of the pruning modifier, for messages
@@ -69,7 +69,7 @@ class KeptZeros:
             self._handles.append(module.register_forward_pre_hook(lambda module, _args: self._check(module, entry)))
 
     def finish(self) -> None:
-        """Put back all zeros, or say where they were filled by a modifier that isn't known here; drop the hooks."""
+        """Put back all zeros, or warn where a modifier that isn't known here filled them; remove the hooks."""
         for handle in self._handles:
             handle.remove()
         for entry in self._pruned:
@@ -82,7 +82,7 @@ class KeptZeros:
         self._handles, self._pruned = [], []
 
     def _check(self, module: torch.nn.Module, entry: _Pruned) -> None:
-        # Writing in place counts the version up, and an offloaded weight is another object each time.
+        # Writing in place increments the version, and an offloaded weight is another object each time.
         weight: Any = module.weight
         state = id(weight), weight._version
         if state != entry.seen:

@@ -1,9 +1,9 @@
-"""Lets llm-compressor's oneshot() take and save a model that was loaded from a sparse checkpoint.
+"""Makes llm-compressor's oneshot() accept and save a model that was loaded from a sparse checkpoint.
 
 ``Oneshot.validate_model`` judges a model by the ``quantization_config`` on disk and refuses every ``quant_method`` but
 ``compressed-tensors``. A model loaded from a sparse checkpoint is dense and was never quantized, so there is nothing
-to refuse. When it saves a model, it takes config.json from where the model came from; the sparsity in there would no
-longer be true of the weights. The modules are handed in by hooks on their import: this package doesn't import
+to refuse. When it saves a model, it takes config.json from where the model came from; the sparsity stated there would
+no longer describe the weights. The modules are handed in by hooks on their import: this package doesn't import
 llm-compressor.
 """
 

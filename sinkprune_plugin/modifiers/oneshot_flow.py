@@ -28,7 +28,7 @@ __all__ = ["calibration_dataset", "check_recipe", "log_to", "run_oneshot", "stoc
 def log_to(steps: Steps, *, summaries: bool = True) -> Iterator[None]:
     """Show what llm-compressor and the modifiers log as a command line should, in place of llm-compressor's own way.
 
-    Quiet: everybody's warnings and errors, and this package's own lines. Verbose: everything but the two METRIC lines
+    Quiet: all warnings and errors, and this package's own lines. Verbose: everything but the two METRIC lines
     that llm-compressor writes for each module.
 
     :param steps: the command's display
@@ -75,7 +75,7 @@ def check_recipe(file: Path, content: dict[str, Any]) -> None:
     except (UsageError, ValidationError):
         raise
     except Exception as error:
-        # Of any type: llm-compressor takes the parts of a recipe for what they should be.
+        # Of any type: llm-compressor doesn't check the types of a recipe's parts.
         raise UsageError(f"recipe {file} can't be read by llm-compressor: {short(reason_of(error), 300)}") from error
     if not modifiers:
         raise UsageError(
@@ -127,9 +127,9 @@ def run_oneshot(
 
 @contextlib.contextmanager
 def _onload_to(device: torch.device | None) -> Iterator[None]:
-    """Make llm-compressor's pipelines bring modules to a device of the user's choice.
+    """Make llm-compressor's pipelines move modules to a device of the user's choice.
 
-    The pipelines ask one function, which takes the accelerator of this process's rank and no wish of anybody's.
+    The pipelines ask one function, which takes the accelerator of this process's rank and has no parameter for another.
     """
     if device is None:
         yield

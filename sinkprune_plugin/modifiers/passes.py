@@ -2,7 +2,7 @@
 
 A pass of a diffusion LM is one batch of windows, noised or clean. There are samples × timesteps of them, far more than
 an autoregressive calibration has, so the order matters: all passes go through one decoder block before the next block
-is touched. A block of an offloaded model is then brought in once a sweep, however many passes there are.
+is touched. A block of an offloaded model is then onloaded once per sweep, however many passes there are.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ class OnloadedBlock:
 
         :param watch: context that is entered around each pass's call of the block
         :param dense: in a sweep of two streams, context around the same pass's call with the dense model's hidden
-            states, which comes before; the block must have its dense weights in it
+            states, which comes first; the block must have its dense weights inside it
         :param advance: make the outputs the inputs of the next block; once for a block, after which it can't run again
         :param only_first: run the first pass only, to learn what is called
         :raises UsageError: if the block changes the shape of the hidden states
@@ -87,7 +87,7 @@ class PassEngine:
 
     :param model: the model; may be offloaded with compressed-tensors' caches
     :param blocks: its decoder blocks, each mapping hidden states to hidden states (or a tuple that begins with them)
-    :param hidden_states: where they wait between blocks, ``memory`` or ``disk``
+    :param hidden_states: where they are kept between blocks, ``memory`` or ``disk``
     :param progress: show a bar for each sweep
     """
 
@@ -107,7 +107,7 @@ class PassEngine:
         self._progress = progress
         self._passes: Sequence[CalibrationPass] = ()
         self._calls: list[_BlockCall] = []
-        # Makes the last block's output of hidden states: some blocks return more than these.
+        # Turns hidden states into the last block's output: some blocks return more than these.
         self._as_output: Callable[[torch.Tensor], Any] = _identity
         self._bar = tqdm.tqdm(disable=True)
 
@@ -120,16 +120,16 @@ class PassEngine:
         block_runs: int,
         two_streams: bool = False,
     ) -> None:
-        """Take all passes through all decoder blocks, from their embedding on.
+        """Run all passes through all decoder blocks, starting at the embedding.
 
         :param passes: the passes
         :param visit: does the work of a block: it may run the passes (several times), change the block's weights, and
             advances the passes to the next block
         :param title: name of the progress bar
         :param block_runs: how many times a block will be run with a pass, for the progress bar's estimate
-        :param two_streams: carry the dense model's hidden states along, next to those of the model as pruned so far
+        :param two_streams: also keep the dense model's hidden states, next to those of the model as pruned so far
         :raises UsageError: if the model doesn't call its first block, a block changes the shape of the hidden states,
-            or these don't fit where they are to wait
+            or these don't fit where they are to be kept
         """
         self._passes = passes
         self._two_streams = two_streams
@@ -139,7 +139,7 @@ class PassEngine:
             with disable_offloading():
                 self._embed()
             for index in range(len(self._blocks)):
-                # Weights that are fetched in here stay until the end of it: once in, however many passes there are.
+                # Weights onloaded in here stay until the end of it: they are moved once, however many passes there are.
                 with disable_offloading():
                     block = OnloadedBlock(self, index)
                     visit(block)
@@ -149,7 +149,7 @@ class PassEngine:
     def run_head(self, watch: Watch, *, title: str) -> None:
         """Run what follows the last block, on the hidden states of a sweep that advanced beyond it.
 
-        The blocks are stepped over, so their weights aren't brought in.
+        The blocks are skipped, so their weights aren't onloaded.
 
         :param watch: context that is entered around each pass
         :param title: name of the progress bar
@@ -256,7 +256,7 @@ class _FirstBlockReachedError(Exception):
 
 
 def _shared(value: Any, previous: Any) -> Any:
-    """The same value, made of the earlier one's tensors where these are equal."""
+    """The same value, reusing the earlier one's tensors where these are equal."""
     if isinstance(value, dict) and isinstance(previous, dict):
         return {key: _shared(each, previous.get(key)) for key, each in value.items()}
     if isinstance(value, tuple) and isinstance(previous, tuple) and len(value) == len(previous):

@@ -13,8 +13,8 @@ def refuse_routed_experts(blocks_name: str, blocks: torch.nn.ModuleList, ignored
     """Refuse decoder blocks with experts that the user doesn't ignore.
 
     An expert sees the tokens that are routed to it only, and how many those are differs from expert to expert. With
-    all tokens sent to all experts, as llm-compressor does while it calibrates, their statistics would be of tokens
-    that they never see; experts fused into one tensor would be left dense without a word.
+    all tokens sent to all experts, as llm-compressor does while it calibrates, their statistics would include tokens
+    that they never see; experts fused into one tensor would silently stay dense.
 
     :param blocks_name: module name of the list of decoder blocks
     :param blocks: the decoder blocks

@@ -13,7 +13,7 @@ __all__ = ["RunEstimate", "SweepPlan", "brought_in_bytes", "hessian_bytes", "hid
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """One way of all passes through the decoder blocks.
+    """One sweep: all passes through all decoder blocks.
 
     :param num_passes: passes
     :param tokens: tokens of all passes, padding included
@@ -45,7 +45,7 @@ class RunEstimate:
 
     @property
     def block_runs(self) -> int:
-        """How many times a block is run on a pass; what the progress bars count."""
+        """Runs of one block on one pass, summed over all blocks and passes; what the progress bars count."""
         return sum(sweep.num_passes * sweep.runs_per_block * self.num_blocks for sweep in self.sweeps)
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ class RunEstimate:
 
 
 def hidden_state_bytes(model: torch.nn.Module, tokens: int) -> int:
-    """Bytes of the hidden states of so many tokens between two blocks.
+    """Bytes of the hidden states between two blocks for a number of tokens.
 
     :param model: the model, with an input embedding as wide as its hidden states
     :param tokens: tokens of all passes
@@ -71,10 +71,10 @@ def hidden_state_bytes(model: torch.nn.Module, tokens: int) -> int:
 
 
 def hessian_bytes(targets: Sequence[PruningTarget]) -> int:
-    """Bytes of the float32 Hessians of the block that needs most, if none of its Linears shared an input.
+    """Bytes of the float32 Hessians of the largest block, if none of its Linears shared an input.
 
     :param targets: all targets
-    :return: at most so many bytes are held at once
+    :return: upper bound of the bytes held at once
     """
     of_block: dict[int | None, int] = {}
     for target in targets:
@@ -83,7 +83,7 @@ def hessian_bytes(targets: Sequence[PruningTarget]) -> int:
 
 
 def brought_in_bytes(model: torch.nn.Module, blocks: torch.nn.ModuleList, num_sweeps: int) -> int:
-    """Bytes of offloaded weights that a run brings to the device: embedding and blocks once for each sweep.
+    """Bytes of offloaded weights that a run moves to the device: embedding and blocks once per sweep.
 
     :param model: the model
     :param blocks: its decoder blocks

@@ -19,8 +19,9 @@ _REMEDY = "`concatenate_data=True` in oneshot() packs text into full windows"
 class SampleChoice:
     """Chooses samples, and counts those that it leaves out.
 
-    A sampler that shuffles without a generator of its own, as llm-compressor's does, depends on the global generator
-    and so on whatever ran before. Here the recipe's seed takes its place, so the same recipe takes the same samples.
+    A sampler that shuffles without a generator of its own, as llm-compressor's does, depends on the global generator,
+    and so on everything that ran before. Here the recipe's seed takes its place, so the same recipe takes the same
+    samples.
 
     :param seed: the recipe's ``seed``
     """
@@ -30,13 +31,13 @@ class SampleChoice:
         self._short = 0
 
     def batches(self, dataloader: Iterable[Any]) -> Iterable[Any]:
-        """Make a loader yield what is to be used, in an order that the seed decides.
+        """Make a loader yield the samples to use, in an order determined by the seed.
 
-        Rows that are too short are passed over before they reach the collator, which would cut all others of their
-        batch down to them; where the loader shuffles, further rows take their place.
+        Rows that are too short are skipped before they reach the collator, which would cut all other rows of their
+        batch to that length; where the loader shuffles, further rows take their place.
 
         :param dataloader: any iterable of batches
-        :return: iterable of batches; one whose single rows can't be had as it is
+        :return: iterable of batches; a loader whose single rows can't be accessed is returned as it is
         """
         if not isinstance(dataloader, DataLoader) or isinstance(dataloader.dataset, IterableDataset):
             return dataloader
@@ -75,12 +76,12 @@ class SampleChoice:
         """
         if self._short and not left:
             raise UsageError(
-                f"all {self._short} calibration samples have less than {MINIMUM_TOKENS} tokens, the least that can be "
+                f"all {self._short} calibration samples have fewer than {MINIMUM_TOKENS} tokens, the least that can be "
                 f"used; pass longer text, or pack it: {_REMEDY}"
             )
         if self._short and distributed.rank() == 0:
             logger.warning(
-                f"skipped {self._short} calibration samples of less than {MINIMUM_TOKENS} tokens, {left} are left; "
+                f"skipped {self._short} calibration samples of fewer than {MINIMUM_TOKENS} tokens, {left} are left; "
                 f"{_REMEDY}"
             )
 
@@ -101,7 +102,7 @@ class SampleChoice:
         if len(rows) < len(everything):
             # With several processes llm-compressor 0.14 gives the sampler this rank's part of the data, but goes on
             # loading from the whole. All ranks draw the same from the whole here, and each takes its share of that
-            # later: the choice doesn't depend on the number of processes then.
+            # later, so the choice doesn't depend on the number of processes.
             rows, wanted = everything, sum(distributed.gather_objects(wanted))
         generator = torch.Generator().manual_seed(self._seed)
         # More than are wanted, so that others can take the place of short ones.

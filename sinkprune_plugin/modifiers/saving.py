@@ -18,7 +18,7 @@ STALE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.ind
 
 
 class _SaveFormat:
-    """The save_pretrained of one model: whatever stood there before, then conversion into the chosen format.
+    """The save_pretrained of one model: the previous one, then conversion into the chosen format.
 
     :param original: the model's own ``save_pretrained``, with llm-compressor's wrapper around it inside oneshot()
     :param save_format: ``auto``, ``sparse-bitmask`` or ``sparse-24-bitmask``; ``dense`` only calls the original

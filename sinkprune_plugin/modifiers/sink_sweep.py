@@ -52,7 +52,7 @@ def _add_mass(masses: dict[int, torch.Tensor], number: int, capture: AttentionCa
         # A block without attention, in a model that mixes kinds of blocks.
         return
     mass = capture.mass
-    # Blocks of a model spread over devices meet on the first one's.
+    # Where a model is spread over devices, the sums are on the first block's device.
     masses[number] = masses[number] + mass.to(masses[number].device) if number in masses else mass
 
 
@@ -104,10 +104,10 @@ class SinkTally:
 
     @property
     def sinks_per_timestep(self) -> list[float]:
-        """Mean number of sinks of a sample at each timestep."""
+        """Mean number of sinks per sample at each timestep."""
         return (self.sinks / max(self.samples, 1)).tolist()
 
     @property
     def transient_share(self) -> float:
-        """Share of the positions that are ever a sink which are transient; 0 if there are no sinks."""
+        """Share of transient positions among those that are ever a sink; 0 if there are no sinks."""
         return self.transient / self.ever if self.ever else 0.0

@@ -37,14 +37,14 @@ def resolve_targets(
 
     :param model: model to prune
     :param targets: module class names, module names or ``re:`` patterns; also names of whole blocks or block classes,
-        which stand for the Linears in them
+        which select every Linear inside
     :param ignore: the same, for modules to leave alone
     :return: targets in module order, and the decoder blocks
     :raises UsageError: if nothing matches, or the blocks hold routed experts
     """
     blocks_name, blocks = find_decoder_blocks(model)
     ignored = {id(module) for _, module in match_named_modules(model, ignore)}
-    # A matched container stands for the Linears in it, an ignored one likewise.
+    # Matching a container selects every Linear inside; ignoring one excludes them all.
     ignored |= {id(child) for _, module in match_named_modules(model, ignore) for child in module.modules()}
     refuse_routed_experts(blocks_name, blocks, ignored)
     class_names = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}

@@ -99,14 +99,14 @@ class SinkAwareWandaModifier(SinkAwareModifierBase):
         return norms + inputs + (hessian_bytes(self._targets) if self.reconstruct else 0)
 
     def _keeps_inputs(self, tokens: int) -> bool:
-        """Whether all inputs are kept while the sinks are found, so that one sweep does."""
+        """Whether all inputs are kept while the sinks are found, so that one sweep is enough."""
         # A target outside the blocks gets its input after the last block, where that sweep ends.
         within_blocks = all(target.block is not None for target in self._targets)
         return within_blocks and not self.propagate_error and self._input_bytes(tokens) <= ONE_SWEEP_BYTES
 
     def _input_bytes(self, tokens: int) -> int:
-        """What the inputs of all targets take; Linears that share an input are counted each."""
-        # Weights are asked for their dtype only, which must not bring them in.
+        """Bytes of the inputs of all targets; an input that several Linears share counts once for each."""
+        # Only the dtypes of weights are read, which must not onload them.
         with disable_onloading():
             return tokens * sum(t.module.in_features * t.module.weight.element_size() for t in self._targets)
 

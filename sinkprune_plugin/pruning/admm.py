@@ -57,12 +57,13 @@ def solve(
 ) -> tuple[torch.Tensor, float]:
     """Find a mask and the weights on it that come closest to the target's outputs.
 
-    Unstructured: floor(numel · sparsity) weights of the whole matrix go. N:M: N of every M consecutive columns. Fixed
-    zeros and the columns of dead features go first and count; only if they alone exceed the share, more go.
+    Unstructured: floor(numel · sparsity) weights of the whole matrix are removed. N:M: N of every M consecutive
+    columns. Fixed zeros and the columns of dead features are removed first and count toward that; only if they alone
+    exceed the share, more are removed.
 
-    Memory beside W and the prepared Hessian, float32: target and state, a byte or two per weight for masks, and up to
-    four chunks of rows (``hessian.CHUNK_BYTES``). For 4096 × 12288 that is 0.5 GB and half a GB of chunks; with its
-    Hessian, drift and resolvent 3.4 GB.
+    Memory in addition to W and the prepared Hessian, float32: target and state, a byte or two per weight for masks, and
+    up to four chunks of rows (``hessian.CHUNK_BYTES``). For 4096 × 12288 that is 0.5 GB and half a GB of chunks; with
+    its Hessian, drift and resolvent 3.4 GB.
 
     :param W: (rows, C) dense weight, any floating dtype, left untouched
     :param hessian: prepared Hessian of W's input; its target is W, or the dense output where it has a drift
@@ -96,10 +97,10 @@ def solve(
 
 
 class _Selection:
-    """Which entries of V go at a share of the final sparsity.
+    """Which entries of V are removed at a share of the final sparsity.
 
     :param V: (rows, C) float32, read at every update
-    :param fixed: (rows, C) bool, entries that go at every share
+    :param fixed: (rows, C) bool, entries that are removed at every share
     :param sparsity: share of zeros for the unstructured case
     :param structure: mask structure
     :param chunks: slices of rows
@@ -122,13 +123,14 @@ class _Selection:
         self._wanted = (
             int(V.numel() * sparsity + 1e-9) if structure.unstructured else V.numel() // structure.m * structure.n
         )
-        # Entries that may not go now: the fixed ones, which are chosen already, and those that stay in their group.
+        # Entries that can't be chosen now: the fixed ones, which are chosen already, and those that stay in their
+        # group.
         self._excluded = fixed
         if not structure.unstructured:
             self._excluded = torch.empty_like(V, dtype=torch.bool)
 
     def update(self, mask: torch.Tensor, share: float) -> None:
-        """Choose again for the present V.
+        """Choose again for the current V.
 
         :param mask: (rows, C) bool, overwritten
         :param share: part of the final number of zeros, 1 at the end
@@ -158,6 +160,6 @@ def _minimise_quadratic(
 
     X = (target Hn + ρ (Z − U)) R; with Hn R = I − ρ R this is target + ρ (Z − U − target) R, one product.
     """
-    # Z and U have disjoint support, so Z − U is V with the sign turned on the mask.
+    # Z and U have disjoint support, so Z − U is V with its sign flipped on the mask.
     difference = torch.where(mask, -V, V).sub_(target)
     V.mul_(mask).add_(target).addmm_(difference, R, alpha=penalty)

@@ -1,4 +1,4 @@
-"""How sparse each decoder block gets, so that the whole has the sparsity asked for. Pure functions, no tensors.
+"""How sparse each decoder block gets, so that the whole has the requested sparsity. Pure functions, no tensors.
 
 Every function returns one sparsity per block with Σ sizes · sparsities = sparsity · Σ sizes, where ``sizes`` are the
 numbers of weights to prune in each block.
@@ -28,11 +28,11 @@ def linear_over_depth(sparsity: float, sizes: Sequence[int], spread: float) -> l
     """Sparsity that falls (``spread`` > 0: ``early_sparser``) or rises (``late_sparser``) linearly over the blocks.
 
     With blocks of one size the first gets sparsity + spread and the last sparsity − spread. Near 0 and 1 the spread is
-    cut to half the distance, so that every block keeps some of its weights and loses some.
+    limited to half the distance, so that every block keeps some weights and loses some.
 
     :param sparsity: share of zeros of the whole, in (0, 1)
     :param sizes: weights to prune in each block
-    :param spread: sparsity of the first block less the mean, for blocks of one size
+    :param spread: sparsity of the first block minus the mean, for blocks of one size
     :return: one sparsity for each block, each in (0, 1)
     :raises UsageError: if a number is out of range
     """

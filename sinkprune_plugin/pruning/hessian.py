@@ -1,4 +1,4 @@
-"""Second moments of a Linear's input, and what the solvers need of them. Torch only.
+"""Second moments of a Linear's input, and what the solvers need from them. Torch only.
 
 With x the input that a Linear gets from the model as pruned so far, x̄ the one that the dense model gives it in the same
 pass and w the token weights, a calibration gathers
@@ -19,7 +19,7 @@ __all__ = ["PreparedHessian", "accumulate_drift", "prepare_hessian", "raise_damp
 
 PRECISION = torch.float32
 
-# Bytes of one float32 temporary of a solver. A solver holds up to four at a time beside its state: half a GB.
+# Bytes of one float32 temporary of a solver. A solver holds up to four at a time in addition to its state: half a GB.
 CHUNK_BYTES = 2**27
 
 # Dampening is raised until the factorisation succeeds, but not beyond the mean diagonal itself.
@@ -66,7 +66,7 @@ class PreparedHessian:
     _resolvent: tuple[float, torch.Tensor] | None = field(default=None, repr=False)
 
     def target(self, W: torch.Tensor) -> torch.Tensor:
-        """The weight that a solver is to come close to: W + W D (H + λI)⁻¹, or W itself.
+        """The weight that a solver should approximate: W + W D (H + λI)⁻¹, or W itself.
 
         It minimises Σ ‖W* x − W x̄‖² + λ ‖W* − W‖², so dampening pulls toward the dense weight, not toward zero.
 
@@ -96,7 +96,7 @@ class PreparedHessian:
     def error(self, difference: torch.Tensor) -> float:
         """Half the squared output error of a weight.
 
-        :param difference: (rows, C) float32, pruned less target weight in scaled coordinates
+        :param difference: (rows, C) float32, pruned minus target weight in scaled coordinates
         :return: ½ tr(E Hn Eᵀ), dampening included
         """
         total = torch.zeros((), dtype=torch.float64, device=difference.device)
@@ -177,7 +177,7 @@ def square_matrix(matrices: dict[str, torch.Tensor], name: str, x: torch.Tensor)
 
 
 def row_chunks(num_rows: int, num_columns: int) -> list[slice]:
-    """Cut a weight into chunks of rows of at most ``CHUNK_BYTES`` in float32.
+    """Split a weight into chunks of rows of at most ``CHUNK_BYTES`` in float32.
 
     :param num_rows: output features
     :param num_columns: input features

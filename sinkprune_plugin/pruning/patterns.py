@@ -1,4 +1,4 @@
-"""Which weights a sparsity pattern lets go: unstructured rows or N of every M consecutive input columns."""
+"""Which weights a sparsity pattern removes: unstructured per row, or N of every M consecutive input columns."""
 
 import re
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class MaskStructure:
         return f"{self.n}:{self.m}"
 
     def check_columns(self, name: str, num_columns: int) -> None:
-        """Refuse a weight that can't be cut into whole groups.
+        """Refuse a weight that can't be divided into whole groups.
 
         :param name: module name for the message
         :param num_columns: input features of the weight
@@ -53,11 +53,11 @@ class MaskStructure:
     def lowest_in_groups(self, metric: torch.Tensor) -> torch.Tensor:
         """Mark the ``n`` smallest entries of every group.
 
-        A stable sort rather than a top-k: equal metrics (dead features, already pruned weights) then always lose in
-        column order, on every device.
+        A stable sort rather than a top-k: equal metrics (dead features, already pruned weights) are then always removed
+        in column order, on every device.
 
         :param metric: (rows, columns) scores, columns a multiple of ``m``
-        :return: (rows, columns) bool, True where the weight goes
+        :return: (rows, columns) bool, True where the weight is removed
         """
         rows, columns = metric.shape
         groups = metric.reshape(rows, columns // self.m, self.m)
@@ -109,10 +109,11 @@ def parse_mask_structure(text: str) -> MaskStructure:
 def resolve_sparsity(sparsity: float | list[float] | None, structure: MaskStructure) -> float | list[float]:
     """Check ``sparsity`` against its range and against the N:M structure.
 
-    :param sparsity: share of zeros wanted, one value or one a decoder block; None takes N/M
+    :param sparsity: share of zeros wanted, one value or one per decoder block; None takes N/M
     :param structure: the mask structure
     :return: the sparsity to use
-    :raises UsageError: if a value is outside (0, 1) or contradicts N:M, or if there is nothing to take it from
+    :raises UsageError: if a value is outside (0, 1) or contradicts N:M, or if it is missing and the pattern doesn't
+        imply it
     """
     if sparsity is None:
         if structure.unstructured:

@@ -1,4 +1,4 @@
-"""Weights solved on a fixed mask: preconditioned conjugate gradients, every output row a system of its own. Torch only.
+"""Weights solved on a fixed mask: preconditioned conjugate gradients, each output row independent. Torch only.
 
 The last step of ALPS (arXiv 2406.07831). In the coordinates of :class:`PreparedHessian` the diagonal preconditioner is
 the identity, so plain conjugate gradients are the preconditioned ones.
@@ -14,10 +14,10 @@ __all__ = ["conjugate_gradient", "reconstruct"]
 def reconstruct(
     W: torch.Tensor, mask: torch.Tensor, hessian: PreparedHessian, *, iterations: int = 20
 ) -> tuple[torch.Tensor, float]:
-    """Solve for the weights that stay, given which ones go.
+    """Solve for the weights that stay, given which ones are removed.
 
     :param W: (rows, C) dense weight, any floating dtype, left untouched
-    :param mask: (rows, C) bool, True where the weight goes; columns of dead features go in any case
+    :param mask: (rows, C) bool, True where the weight is removed; columns of dead features always are
     :param hessian: prepared Hessian of W's input
     :param iterations: steps of conjugate gradients
     :return: pruned weight in W's dtype, and half its squared output error
@@ -51,7 +51,7 @@ def conjugate_gradient(
         for _ in range(iterations):
             step = (direction @ Hn).masked_fill_(pruned, 0.0)
             curvature = (direction * step).sum(dim=1, keepdim=True)
-            # A row that is solved has neither residual nor curvature left and stays as it is.
+            # A solved row has neither residual nor curvature left and stays as it is.
             alpha = torch.where(curvature > 0, squares / curvature, 0.0)
             Z[rows].addcmul_(alpha, direction)
             residual.addcmul_(alpha, step, value=-1.0)

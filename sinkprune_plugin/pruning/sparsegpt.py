@@ -41,7 +41,8 @@ def product_precision(dtype: torch.dtype, device_type: str) -> str | None:
 
     :param dtype: dtype of the input
     :param device_type: where it is, for instance ``cuda``
-    :return: ``tf32`` where that is exact for the dtype, ``ieee`` for other dtypes, None off CUDA: nothing to choose
+    :return: ``tf32`` where that is exact for the dtype, ``ieee`` for other dtypes, None on other devices, where there
+        is no choice
     """
     if device_type != "cuda":
         return None
@@ -76,7 +77,7 @@ class InverseFactor:
     dampening_frac: float
 
     def dense_output_target(self, W: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
-        """The weight whose output on the present inputs comes closest to the dense one: W + W D (H + λI)⁻¹.
+        """The weight whose output on the current inputs comes closest to the dense one: W + W D (H + λI)⁻¹.
 
         :param W: (rows, C) dense weight, any floating dtype, left untouched
         :param drift: (C, C) float32 D = Σ w² (x̄ − x) xᵀ, scaled as the Hessian was
@@ -124,8 +125,9 @@ def sparsify_weight(
 ) -> tuple[torch.Tensor, float]:
     """Prune a weight column by column and let the remaining columns make up for the error.
 
-    Unstructured: in each block of columns the floor(numel · sparsity) weights of least W² / diag(U)² go. N:M: at every
-    group of M columns the N least of each row go, chosen when the sweep arrives there, with all updates made so far.
+    Unstructured: in each block of columns the floor(numel · sparsity) weights with the smallest W² / diag(U)² are
+    removed. N:M: at every group of M columns the N smallest of each row are removed, chosen when the sweep arrives
+    there, with all updates made so far.
 
     :param W: (rows, C) weight, any floating dtype, left untouched
     :param factor: inverse factor U of the Hessian of W's input
@@ -140,7 +142,7 @@ def sparsify_weight(
     W = W.to(SGPT_PRECISION, copy=True)
     U = factor.upper
     columns = W.shape[1]
-    # The weights of dead features go: nothing is known of them and nothing depends on them.
+    # The weights of dead features are removed: nothing is known about them and nothing depends on them.
     W[:, factor.dead] = 0.0
 
     if not structure.unstructured:
@@ -173,7 +175,7 @@ def sparsify_weight(
             error = torch.where(mask[:, column], block[:, column], 0.0) / diagonal[column]
             block[:, column:].addr_(error, U_block[column, column:], alpha=-1.0)
             errors[:, column] = error
-        # Exact zeros: the update above leaves rounding residue at the pruned places.
+        # Exact zeros: the update above leaves rounding residue at the pruned positions.
         block.masked_fill_(mask, 0.0)
         loss += errors.square().sum() / 2
         W[:, stop:].addmm_(errors, U[start:stop, stop:], alpha=-1.0)

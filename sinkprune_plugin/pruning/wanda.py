@@ -63,17 +63,17 @@ def weighted_square_sums(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor
     :param weights: (B, T) float32 token weights
     :return: (B, C) float32
     """
-    # As a matrix product over the positions, so that no weighted copy of x is made beside its squares.
+    # As a matrix product over the positions, so that no weighted copy of x is made in addition to its squares.
     squares = x.to(WANDA_PRECISION).square()
     return torch.bmm(weights.square().unsqueeze(1), squares).squeeze(1)
 
 
 def sparsify_weight(W: torch.Tensor, norms: torch.Tensor, sparsity: float, structure: MaskStructure) -> torch.Tensor:
-    """Zero the weights of least |W_ij| · a_j: per output row, or per group of M columns.
+    """Zero the weights with the smallest |W_ij| · a_j: per output row, or per group of M columns.
 
     :param W: (rows, columns) weight, any floating dtype, left untouched
     :param norms: (columns,) activation norms a_j
-    :param sparsity: share of zeros for the unstructured case; floor(columns · sparsity) go in each row
+    :param sparsity: share of zeros for the unstructured case; floor(columns · sparsity) are removed in each row
     :param structure: mask structure; N:M overrides ``sparsity``
     :return: the pruned weight in W's dtype
     """
