@@ -140,7 +140,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index without a map": (with_index({}), f"{INDEX} has no weight_map"),
     "map is a number": (with_index({"weight_map": 5}), f"{INDEX} has no weight_map"),
     "map names a number": (with_index({"weight_map": {"a": 5}}), f"{INDEX} names '5'"),
-    "map leads out": (with_index({"weight_map": {"a": "../x.safetensors"}}), "isn't a *.safetensors file beside it"),
+    "map leads out": (with_index({"weight_map": {"a": "../x.safetensors"}}), "isn't a *.safetensors file next to it"),
     "index is deep": (with_index(DEEP.decode()), f"{INDEX} isn't readable JSON (RecursionError)"),
     "no config": (lambda m: (m / "config.json").unlink(), "has no config.json"),
     "special tokens are a list": (files("special_tokens_map.json", b"[]"), "special_tokens_map.json holds a list"),

@@ -194,5 +194,5 @@ def test_too_few_tokens_for_the_dampening_raise_it_and_say_so(log):
 
 
 def test_nothing_left_is_an_error():
-    with pytest.raises(UsageError, match=r"all 3 calibration samples.*less than 8 tokens.*concatenate_data=True"):
+    with pytest.raises(UsageError, match=r"all 3 calibration samples.*fewer than 8 tokens.*concatenate_data=True"):
         prune(["", " = Union = \n", ""], SinkAwareWandaModifier(sparsity=0.5, **QUICK), global_seed=0)

@@ -1,4 +1,4 @@
-"""The `sinkprune` command. Exit codes: 0 good, 1 a check failed, 2 wrong use; errors are one line on stderr."""
+"""The `sinkprune` command. Exit codes: 0 success, 1 a check failed, 2 usage error; errors are one line on stderr."""
 
 import io
 import json
@@ -35,7 +35,7 @@ DatasetOption = Annotated[
 ]
 
 
-# The base of typer's errors of use, ClickException. Recent typer carries its own copy of click, so there is no other
+# The base of typer's usage errors, ClickException. Recent typer carries its own copy of click, so there is no other
 # name for it that is public in all releases: BadParameter ← UsageError ← ClickException.
 _WrongOptions: Any = typer.BadParameter.__mro__[2]
 
@@ -184,7 +184,7 @@ def verify(
     seq_len: SeqLenOption = None,
     seed: SeedOption = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer windows and rounds, wider intervals.")] = False,
-    ar_model: Annotated[str | None, typer.Option(help="An autoregressive model whose sinks are shown beside.")] = None,
+    ar_model: Annotated[str | None, typer.Option(help="An autoregressive model whose sinks are shown too.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: each checkpoint's own.")] = None,
     max_ppl_increase: Annotated[float | None, typer.Option(help="Fail above this increase, in percent.")] = None,
     min_agreement: Annotated[float | None, typer.Option(help="Fail below this share of equal tokens, 0 to 1.")] = None,
@@ -194,7 +194,7 @@ def verify(
     overwrite: OverwriteOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Compare a pruned model with the dense one: quality, size, speed, sinks; a report, and bars to reach."""
+    """Compare a pruned model with the dense one: quality, size, speed, sinks; a report, and limits to meet."""
     from rich.console import Console
 
     from sinkprune_plugin.steps import quiet_steps
@@ -225,7 +225,7 @@ def verify(
         raise typer.Exit(1)
 
 
-# What stands behind DIR isn't read here: options of vLLM may be called like ours.
+# What follows DIR isn't parsed here: options of vLLM may have the names of ours.
 @app.command(context_settings={"allow_interspersed_args": False})
 def serve(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint directory, dense or sparse.")],
@@ -236,7 +236,7 @@ def serve(
 ) -> None:
     """Serve a checkpoint with vLLM: `vllm serve`, also, slowly, on a machine without a GPU. Ctrl-C ends it.
 
-    Everything behind DIR goes to `vllm serve` as it is: sinkprune serve DIR --port 8001 --served-model-name tiny
+    Everything after DIR goes to `vllm serve` as it is: sinkprune serve DIR --port 8001 --served-model-name tiny
     """
     from sinkprune_plugin.commands.serve import serve as run
 
@@ -262,7 +262,7 @@ def main() -> None:
             # A name that isn't text, or a terminal without Unicode, is no reason to lose a result.
             stream.reconfigure(errors="backslashreplace")
     try:
-        # Without its standalone mode click returns the code of an Exit in place of exiting.
+        # Outside its standalone mode click returns the code of an Exit instead of exiting.
         sys.exit(app(standalone_mode=False))
     except (UsageError, ValidationError) as error:
         if debug:
@@ -281,7 +281,7 @@ def main() -> None:
             sys.stderr.write(f"sinkprune: {error.format_message()}\n")
         sys.exit(2)
     except RuntimeError as error:
-        # By its name: torch isn't imported for the sake of a wrong option.
+        # By its name: torch isn't imported just because of a wrong option.
         if debug or type(error).__name__ != "OutOfMemoryError":
             raise
         said = str(error).split(". ")[0]

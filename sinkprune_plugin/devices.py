@@ -8,7 +8,7 @@ __all__ = ["choose_device", "input_device", "wait_for_device"]
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """Turn what a user asks for into a device that is there.
+    """Turn a user's choice into an existing device.
 
     :param name: ``auto`` (the accelerator if there is one, else the CPU), ``cpu``, ``cuda``, ``cuda:1``, …
     :return: the device
@@ -39,7 +39,7 @@ def input_device(model: torch.nn.Module) -> torch.device:
     """
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     source = embedding if isinstance(embedding, torch.nn.Module) else model
-    # compressed-tensors keeps the parameters of an offloaded module in a mapping that knows where it brings them.
+    # compressed-tensors keeps the parameters of an offloaded module in a mapping that knows where it onloads them.
     onload = getattr(source._parameters, "onload_device", None)
     if onload is not None:
         return torch.device(onload)
@@ -51,12 +51,12 @@ def input_device(model: torch.nn.Module) -> torch.device:
 
 
 def wait_for_device() -> None:
-    """Wait until the accelerator has done what was asked of it, before a clock is read."""
+    """Wait until the accelerator has finished its work, before a clock is read."""
     if _accelerators()[0] is not None:
         torch.accelerator.synchronize()
 
 
 def _accelerators() -> tuple[torch.device | None, int]:
-    """The kind of accelerator of this machine and how many there are; the one place that asks torch."""
+    """The kind of accelerator of this machine and how many there are; the only place that asks torch."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator, 0 if accelerator is None else torch.accelerator.device_count()

@@ -1,4 +1,4 @@
-"""The one exception type for wrong use."""
+"""The one exception type for wrong input."""
 
 
 class UsageError(ValueError):
@@ -10,11 +10,11 @@ class UsageError(ValueError):
 
 
 def reason_of(error: Exception) -> str:
-    """What happened, in one line: libraries say that first and repeat afterwards where help can be found.
+    """What happened, in one line: libraries' messages begin with it and continue with hints.
 
     :param error: a library's exception
-    :return: first line of its message, or two where the first only announces the second; the type goes before where
-        the message alone would say little, as that of a KeyError
+    :return: first line of its message, or two where the first only announces the second; prefixed with the type where
+        the message alone says little, as for a KeyError
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
@@ -24,7 +24,7 @@ def reason_of(error: Exception) -> str:
 
 
 def short(value: object, longest: int = 120) -> str:
-    """Text that a file or a user gave, fit to be printed within a line.
+    """Text from a file or a user, made safe to print within a line.
 
     :param value: the text, or anything with one
     :param longest: number of characters to keep of it

@@ -58,12 +58,12 @@ def load_inputs(
 
     :param model_name: directory or hub name
     :param dataset: text file, JSON-lines file or saved dataset
-    :param default: embedded text to take in its place where it is None
+    :param default: embedded text to use instead where it is None
     :param seq_len: tokens in a window; None takes the model's maximum
     :param longest: upper bound of that
     :param count: number of windows
     :param seed: seed of their choice
-    :return: what the command needs beside the weights
+    :return: what the command needs in addition to the weights
     :raises UsageError: if a file is damaged, or model, tokenizer and text don't fit together
     """
     weight_bytes = check_checkpoint(model_name)
@@ -75,7 +75,7 @@ def load_inputs(
 
 
 def check_checkpoint(name: str | Path) -> int:
-    """Check what can be seen without reading a weight: the JSON files, and the headers of all shards.
+    """Check everything that needs no weight to be read: the JSON files, and the headers of all shards.
 
     :param name: checkpoint directory; a hub name is left to transformers
     :return: size of its weights when dense, in bytes; 0 for a hub name and for weights that aren't safetensors
@@ -109,12 +109,12 @@ def text_windows(
     count: int,
     seed: int,
 ) -> torch.Tensor:
-    """Make windows of text that a model can be given.
+    """Make windows of text that a model can take.
 
     :param config: its configuration
     :param tokenizer: its tokenizer
     :param dataset: text file, JSON-lines file or saved dataset
-    :param default: embedded text to take in its place where it is None
+    :param default: embedded text to use instead where it is None
     :param length: tokens in a window
     :param count: number of windows
     :param seed: seed of their choice

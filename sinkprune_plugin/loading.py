@@ -1,4 +1,4 @@
-"""Loading a local or hub model and its tokenizer, with failures said in one line."""
+"""Loading a local or hub model and its tokenizer, with failures reported in one line."""
 
 import contextlib
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def load_model(name: str | Path, dtype: Any = "auto", device: "torch.device | No
     from transformers import AutoModelForCausalLM
 
     with _in_one_line("model", name):
-        # Sizes that don't match are let through here, as transformers names them only in a table that it logs.
+        # Sizes that don't match are allowed here, since transformers names them only in a table that it logs.
         model, found = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
         )
@@ -44,7 +44,7 @@ def load_model(name: str | Path, dtype: Any = "auto", device: "torch.device | No
             f"can't load the model {name}: {short(weight)} is {list(stored)} in its weights and {list(wanted)} by its "
             "config.json; fetch both again"
         )
-    # transformers makes up what it doesn't find, with a warning.
+    # transformers initialises what it doesn't find, with a warning.
     missing = sorted(found["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -85,7 +85,7 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
 
 
 def default_sequence_length(config: Any, longest: int) -> int:
-    """Tokens in a sample where the user names no number.
+    """Tokens per sample if the user gives no number.
 
     :param config: the model's configuration
     :param longest: upper bound
@@ -99,7 +99,7 @@ def default_sequence_length(config: Any, longest: int) -> int:
 
 
 def maximum_length(config: Any) -> int | None:
-    """Tokens that a model was made for.
+    """Tokens that a model can take.
 
     :param config: the model's configuration
     :return: their number, None where the configuration names none

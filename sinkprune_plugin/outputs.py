@@ -30,7 +30,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _ChangedMeanwhileError(OSError):
-    """Another program wrote where the result was to go."""
+    """Another program wrote to the place of the result."""
 
 
 # Type, number, size and time of the last change of a file; of a directory only type and number.
@@ -84,7 +84,8 @@ def scratch_directory(path: Path) -> Iterator[Path]:
     with removed_on_termination(scratch):
         try:
             with _in_one_line(path):
-                # mkdir and not mkdtemp, whose directories are private: permissions as of anything new in this place.
+                # mkdir and not mkdtemp, whose directories are private: permissions as of any new directory in this
+                # place.
                 scratch.mkdir(parents=True)
             yield scratch
         except (OSError, SafetensorError) as error:
@@ -97,7 +98,7 @@ def scratch_directory(path: Path) -> Iterator[Path]:
                 shutil.rmtree(scratch, ignore_errors=True)
                 for each in missing:
                     with contextlib.suppress(OSError):
-                        # Refused where a result is in it.
+                        # Refused if it holds a result.
                         each.rmdir()
 
 
@@ -137,7 +138,7 @@ def new_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def updated_directory(path: Path, *, stale: Sequence[str] = ()) -> Iterator[Path]:
-    """Write files that are put into a directory together. On failure all stays as it was.
+    """Write several files into a directory at once. On failure all stays as it was.
 
     Files of the same names are replaced, those of other names stay, as with ``save_pretrained``.
 
@@ -166,14 +167,14 @@ def updated_directory(path: Path, *, stale: Sequence[str] = ()) -> Iterator[Path
             for file, state in _state(outgoing).items():
                 if stat.S_ISDIR(state[0]):
                     raise IsADirectoryError(errno.EISDIR, f"{file} is a directory")
-                # What lies deeper isn't looked at before, as the directory may be anybody's.
+                # What lies deeper isn't checked before, as the directory may belong to others.
                 if file.parent == target and before.get(file) != state:
                     raise _ChangedMeanwhileError
             _move_in(target, scratch, outgoing=outgoing, incoming=incoming)
 
 
 def _open_up(new: Path) -> None:
-    """Give files the permissions of anything new in this place: safetensors' own are for their owner alone."""
+    """Give files the permissions of any new file in this place: those of safetensors are private."""
     sample = new.with_name("sample")
     sample.touch()
     usual = stat.S_IMODE(sample.stat().st_mode)
@@ -192,13 +193,13 @@ def _move_in(target: Path, scratch: Path, *, outgoing: Iterable[Path], incoming:
         for source, place in moves:
             place.parent.mkdir(parents=True, exist_ok=True)
             if os.path.lexists(place):
-                # A rename would replace a file without a word.
+                # A rename would silently replace a file.
                 raise _ChangedMeanwhileError
             source.rename(place)
             done.append((source, place))
     except OSError:
         for source, place in reversed(done):
-            # As many as possible; the caller looks after what remains.
+            # As many as possible; the caller handles the rest.
             with contextlib.suppress(OSError):
                 place.rename(source)
         raise
@@ -249,7 +250,7 @@ def _resolved(path: Path) -> Path:
     except RuntimeError as error:
         raise loop from error
     if target.is_symlink():
-        # How Python tells it from 3.13 on.
+        # How Python reports it from 3.13 on.
         raise loop
     return target
 

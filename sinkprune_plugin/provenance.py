@@ -1,4 +1,4 @@
-"""What made an artifact: written beside it, so that a result can be traced and repeated."""
+"""What made an artifact: written next to it, so that a result can be traced and repeated."""
 
 import json
 import os

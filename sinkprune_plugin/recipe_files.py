@@ -1,4 +1,4 @@
-"""Recipes as files: read and parsed before anything takes long."""
+"""Recipes as files: read and parsed before any long work."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from sinkprune_plugin.errors import UsageError, reason_of, short
 
 __all__ = ["RECIPE_FILE", "read_recipe"]
 
-# What llm-compressor writes beside a model, and adds to when that model is pruned again.
+# What llm-compressor writes next to a model, and extends when that model is pruned again.
 RECIPE_FILE = "recipe.yaml"
 
 

@@ -144,7 +144,7 @@ class _NotifyingLoader(Loader):
 
 
 class _ImportWatcher(MetaPathFinder):
-    """Finds the watched modules through the finders behind it and wraps their loaders."""
+    """Finds the watched modules through the finders that follow it and wraps their loaders."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         action = _ON_IMPORT.get(fullname)
@@ -163,7 +163,7 @@ class _ImportWatcher(MetaPathFinder):
 def arm() -> None:
     """Arrange that the package's classes are registered when llm-compressor or transformers is imported.
 
-    Idempotent and lazy; for a host library that is imported already, registration happens now.
+    Idempotent and lazy; if a host library is imported already, registration happens immediately.
     """
     if not any(isinstance(finder, _ImportWatcher) for finder in sys.meta_path):
         sys.meta_path.insert(0, _ImportWatcher())

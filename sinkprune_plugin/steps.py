@@ -1,8 +1,8 @@
-"""One line for each step of a command, in place of the bars and the chatter of the libraries underneath.
+"""One line for each step of a command, in place of the bars and messages of the libraries underneath.
 
-On a terminal the line of the step that runs is alive and shows the progress that anybody's tqdm bar reports meanwhile.
+On a terminal the line of the running step is live and shows the progress of any tqdm bar.
 Elsewhere a line is printed where a step begins. Warnings come through as one line each, except those that are known to
-say nothing to a user; what is silenced is as before once the context ends.
+be irrelevant to a user; once the context ends, everything is as before.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from rich.table import Column
 
 __all__ = ["Steps", "is_noise", "quiet_steps"]
 
-# What the libraries say in every run, whatever the user does.
+# Messages of the libraries in every run, whatever the user does.
 _NOISE = re.compile(
     "|".join(
         (
@@ -45,7 +45,7 @@ def is_noise(message: str) -> bool:
 
 
 class Steps:
-    """What a command shows of itself while it works; made by :func:`quiet_steps`.
+    """What a command shows while it works; made by :func:`quiet_steps`.
 
     :param console: where to show it
     :param live: the display of a terminal; None elsewhere
@@ -59,7 +59,7 @@ class Steps:
 
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[None]:
-        """Show that a step runs.
+        """Show a running step.
 
         :param what: one line
         """
@@ -77,18 +77,18 @@ class Steps:
             self._task = None
 
     def note(self, line: str) -> None:
-        """Print a line that stays, above the one that is alive.
+        """Print a line that stays, above the live one.
 
         :param line: plain text
         """
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def follow(self, bar: Any) -> None:
-        """Show the progress of somebody's tqdm bar in the line of the step that runs.
+        """Show the progress of a tqdm bar in the line of the running step.
 
         :param bar: the bar
         """
-        # Of nested bars the outermost tells most.
+        # Of nested bars the outermost is the most informative.
         if self._live is not None and self._task is not None and not bar.pos:
             detail = bar.desc.rstrip(": ")
             self._live.update(self._task, total=bar.total, completed=bar.n, detail=f" · {detail}" if detail else "")
@@ -132,7 +132,7 @@ def quiet_steps(*, verbose: bool = False, console: Console | None = None) -> Ite
 def _bars_shown_by(follow: Callable[[Any], None] | None) -> Iterator[None]:
     """Hand every tqdm bar that is made meanwhile to a function; None hides them.
 
-    tqdm has one class under all bars, of any library, and no other switch that reaches bars made by somebody else.
+    All bars of any library have one base class, and tqdm has no other switch for bars made elsewhere.
     """
     bars: Any = tqdm.std.tqdm
     make, display = bars.__init__, bars.display
@@ -155,7 +155,7 @@ def _bars_shown_by(follow: Callable[[Any], None] | None) -> Iterator[None]:
 
 
 class _Nowhere(io.StringIO):
-    """A file that keeps nothing."""
+    """A file that discards everything."""
 
     def __init__(self, *, terminal: bool) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class _Nowhere(io.StringIO):
     def write(self, text: str) -> int:
         return len(text)
 
-    # Bars made with disable=None ask whether anybody looks.
+    # Bars made with disable=None ask whether this is a terminal.
     def isatty(self) -> bool:
         return self._terminal
 
@@ -172,7 +172,7 @@ class _Nowhere(io.StringIO):
 @contextlib.contextmanager
 def _warnings_as_lines(note: Callable[[str], None]) -> Iterator[None]:
     with warnings.catch_warnings():
-        # Meant for those who write programs with these libraries.
+        # Meant for developers who use these libraries.
         for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", category)
 

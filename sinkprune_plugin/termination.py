@@ -16,7 +16,7 @@ from types import FrameType
 __all__ = ["removed_on_termination", "uninterrupted"]
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
-# With the process that writes it: a forked worker that is ended must not remove what its parent still writes.
+# Keyed by the writing process: a forked worker that is ended must not remove what its parent still writes.
 _unfinished: list[tuple[int, Path]] = []
 
 

@@ -32,8 +32,8 @@ def embedded_text(kind: Literal["calibration", "test"]) -> Path:
 def read_documents(source: Path | str, text_column: str = "text") -> list[str]:
     """Read documents from a file or a saved dataset; documents without any text are left out.
 
-    :param source: a .txt file (one document), a .jsonl file (one object with ``text_column`` a line), or a directory
-        written by ``datasets``' ``save_to_disk`` (one document a row; of several splits, "train")
+    :param source: a .txt file (one document), a .jsonl file (one object with ``text_column`` per line), or a directory
+        written by ``datasets``' ``save_to_disk`` (one document per row; of several splits, "train")
     :param text_column: name of the field that holds the text
     :return: documents in the order of the source
     :raises UsageError: if the source can't be read or holds no text
@@ -68,7 +68,7 @@ def token_stream(documents: Iterable[str], tokenizer: Any, enough: int | None = 
     for document in tqdm(documents, desc="tokenizing", unit="document", delay=2, disable=None):
         if stream and tokenizer.eos_token_id is not None:
             stream.append(tokenizer.eos_token_id)
-        # verbose=False: a document longer than the model's context is no fault here, it gets cut.
+        # verbose=False: a document longer than the model's context is fine here, it gets cut.
         stream += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         if enough is not None and len(stream) >= enough:
             break
@@ -133,7 +133,7 @@ def _read_jsonl(path: Path, text_column: str) -> list[str]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             what = getattr(error, "msg", None) or reason_of(error)
-            raise UsageError(f"{path} line {number} is not JSON ({what}); write one object a line") from error
+            raise UsageError(f"{path} line {number} is not JSON ({what}); write one object per line") from error
         text = record.get(text_column) if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise UsageError(f"{path} line {number} has no text in field {text_column!r}; name the right text_column")

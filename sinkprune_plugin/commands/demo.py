@@ -88,7 +88,7 @@ def run_demo(
                 flow.run_oneshot(model, tokenizer, make_modifier(), calibration)
                 seconds = time.monotonic() - started
                 saved = directory / method
-                # In the precision it came in, so that sizes compare; the reload below measures what that costs.
+                # In its original precision, so that sizes can be compared; the reload below measures what that costs.
                 model.to(torch.bfloat16)
                 model.save_pretrained(str(saved))
                 tokenizer.save_pretrained(str(saved))
@@ -109,7 +109,7 @@ def run_demo(
 
 
 def _methods(sparsity: float, seed: int) -> dict[str, Callable[[], Any]]:
-    """Stock modifiers and ours, with the settings that a user would take first."""
+    """Stock modifiers and ours, with the settings that a user would try first."""
     from sinkprune_plugin.modifiers.oneshot_flow import stock_modifier
     from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
     from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier

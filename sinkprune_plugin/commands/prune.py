@@ -18,7 +18,7 @@ from sinkprune_plugin.text_windows import embedded_text
 
 __all__ = ["prune"]
 
-# The published runs calibrate on the model's maximum, 4096 for LLaDA; Dream's 131072 would be of no use.
+# The published runs calibrate at the model's maximum length, 4096 for LLaDA; Dream's 131072 would be useless.
 LONGEST_DEFAULT = 4096
 
 
@@ -55,7 +55,7 @@ def prune(
     """
     text, content = read_recipe(recipe)
     place = choose_device(device)
-    # Around all of the work: a result that finds its place taken meanwhile is kept beside it.
+    # Around all of the work: a result whose place was taken meanwhile is kept next to it.
     with quiet_steps(verbose=verbose) as steps, new_directory(output, overwrite=overwrite) as directory:
         with steps.step(f"loading {model_name}"):
             inputs = load_inputs(
@@ -71,7 +71,7 @@ def prune(
             if earlier.is_file():
                 # llm-compressor adds to it where it saves.
                 read_recipe(earlier)
-            # A sparse checkpoint is written from a dense one beside it.
+            # A sparse checkpoint is written from a dense one next to it.
             check_output(output, overwrite=overwrite, needed_bytes=2 * inputs.weight_bytes)
             flow = load_oneshot_flow()
             with flow.log_to(steps):
@@ -82,7 +82,7 @@ def prune(
         with flow.log_to(steps):
             count, length = windows.shape
             with steps.step(f"pruning with {recipe.name} ({count} × {length} tokens, {place})"):
-                # "auto" is what llm-compressor does by itself, and it knows its rank among several processes.
+                # "auto" is what llm-compressor does on its own, and it knows its rank among several processes.
                 onload = None if device == "auto" else place
                 try:
                     flow.run_oneshot(model, tokenizer, recipe, windows, device=onload, batch_size=batch_size)
@@ -109,7 +109,7 @@ def prune(
 
 
 def _check_saving(model: Any, tokenizer: Any, directory: Path) -> None:
-    """Save everything but the weights: what transformers loads it may refuse to save, and then all work is lost."""
+    """Save everything but the weights: transformers may refuse to save what it loads, and then all work is lost."""
     dtype = model.config.dtype
     try:
         model.save_pretrained(directory, state_dict={})
@@ -119,6 +119,6 @@ def _check_saving(model: Any, tokenizer: Any, directory: Path) -> None:
     except OSError:
         raise
     except Exception as error:
-        # Of any type: values of a wrong type show wherever they are used.
+        # Of any type: values of a wrong type fail wherever they are used.
         reason = short(reason_of(error), 300)
         raise UsageError(f"a model pruned from this one couldn't be saved: {reason}; correct its files") from error

@@ -17,9 +17,9 @@ from sinkprune_plugin.vllm.cpu import SLOW, is_cpu_build, require_vllm, server_e
 
 __all__ = ["cpu_options", "serve"]
 
-# float32 runs on every CPU; compiling takes longer than it gains; a step takes as long as all of its requests.
+# float32 runs on every CPU; compiling takes longer than it saves; a step takes as long as all of its requests together.
 _ON_CPU = {"dtype": "float32", "enforce-eager": None, "max-num-seqs": "8"}
-# Triton's bindings list in sixty lines what they leak when the process ends, behind everything that vLLM has to say.
+# Triton's bindings list in sixty lines what they leak when the process ends, after all of vLLM's output.
 _QUIET_END = "import atexit, os; atexit.register(os.dup2, os.open(os.devnull, os.O_WRONLY), 2); "
 # The command `vllm`, wherever its script may be.
 _VLLM = "import sys; sys.argv[0] = 'vllm'; from vllm.entrypoints.cli.main import main; main()"
@@ -28,8 +28,8 @@ _VLLM = "import sys; sys.argv[0] = 'vllm'; from vllm.entrypoints.cli.main import
 def serve(checkpoint: Path, options: Sequence[str]) -> int:
     """Serve a checkpoint until the server ends or is told to end.
 
-    With a GPU build of vLLM this process becomes `vllm serve`. With a CPU build the server runs beside it, prepared for
-    a CPU, and is ended within seconds of Ctrl-C, SIGTERM or SIGHUP, requests or not.
+    With a GPU build of vLLM this process becomes `vllm serve`. With a CPU build the server runs next to it, prepared
+    for a CPU, and is ended within seconds of Ctrl-C, SIGTERM or SIGHUP, requests or not.
 
     :param checkpoint: checkpoint directory
     :param options: further options of `vllm serve`, passed on as they are
@@ -38,7 +38,7 @@ def serve(checkpoint: Path, options: Sequence[str]) -> int:
     """
     diffusion = _check(checkpoint, options)
     require_vllm()
-    # -P: a folder called vllm in the current directory is none of the server's business.
+    # -P: a folder called vllm in the current directory must not be imported.
     python = [sys.executable, "-P", "-c"]
     if not is_cpu_build():
         os.execv(sys.executable, [*python, _VLLM, "serve", str(checkpoint), *options])

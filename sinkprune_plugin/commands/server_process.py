@@ -10,7 +10,8 @@ from types import FrameType
 
 __all__ = ["run_server"]
 
-# Seconds until a server that was told to end is killed. vLLM takes about one, or for ever while a client is connected.
+# Seconds until a server that was told to end is killed. vLLM takes about one, or never ends while a client is
+# connected.
 PATIENCE = 5
 
 
@@ -22,7 +23,7 @@ def run_server(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
     :param command: program and arguments
     :param environment: the program's environment
-    :return: its exit status, or 128 + the signal that ended it as shells have it: that which this process received
+    :return: its exit status, or 128 + the signal that ended it, as in shells: the one that this process received
     """
     process: subprocess.Popen[bytes] | None = None
     received: list[int] = []
@@ -66,7 +67,7 @@ def _kill(group: int) -> None:
 
 
 def _end_group(group: int) -> None:
-    """Give the server's other processes a moment to clean up behind themselves, then kill them."""
+    """Give the server's other processes a moment to clean up, then kill them."""
     deadline = time.monotonic() + 2
     with contextlib.suppress(ProcessLookupError):
         while time.monotonic() < deadline:

@@ -45,7 +45,7 @@ def save_sparse_checkpoint(
 ) -> WrittenCheckpoint:
     """Save dense tensors as a checkpoint, sparse where that was asked for or is smaller.
 
-    Tensors that share memory are written once for each name. An iterator is put aside on disk, beside the output.
+    Tensors that share memory are written once for each name. An iterator is first stored on disk, next to the output.
 
     :param tensors: name → tensor, or (name, tensor) pairs
     :param directory: directory to be written; it appears whole or not at all

@@ -19,10 +19,10 @@ __all__ = ["CheckpointReader"]
 
 
 class CheckpointReader(Mapping[str, torch.Tensor]):
-    """Name → dense tensor, read and decompressed anew on each access.
+    """Name → dense tensor, read and decompressed again on each access.
 
-    Opening reads configuration and headers and checks that they fit together; nothing is kept open. A file with a
-    digest is compared with it as a whole when the first tensor of it is read.
+    Opening reads configuration and headers and checks that they fit together; nothing is kept open. A file that has a
+    digest is checked as a whole when its first tensor is read.
 
     :param directory: checkpoint directory, dense or in a sparse format
     :raises UsageError: if it can't be read, naming file and tensor
@@ -82,7 +82,7 @@ class CheckpointReader(Mapping[str, torch.Tensor]):
             yield from read_bytes(stored)
 
     def shard(self, name: str) -> int:
-        """Number of the file that holds a tensor, or its values.
+        """Number of the file that holds a tensor or, if it is sparse, its values.
 
         :param name: its dense name
         """

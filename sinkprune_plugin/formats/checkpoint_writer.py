@@ -51,8 +51,8 @@ class WrittenCheckpoint:
     :param targets: names of the weights stored sparse
     :param dense_bytes: size of all tensors when dense
     :param stored_bytes: size of all tensors as stored
-    :param global_sparsity: share of zeros in the whole model, None where nobody counted
-    :param notes: one line on each thing the user may not expect
+    :param global_sparsity: share of zeros in the whole model, None if they weren't counted
+    :param notes: one line for each thing the user may not expect
     """
 
     directory: Path
@@ -164,8 +164,8 @@ def _config(
 ) -> dict[str, Any]:
     if not selection.targets:
         return without_sparsity(request.config)
-    # Exact names, not the class Linear: readers that go by them then never look for parts of the vocabulary projection
-    # or of any other module that stays dense, whatever it is called.
+    # Exact names, not the class Linear: readers that match by them then never look for parts of the vocabulary
+    # projection or of any other module that stays dense, whatever it is called.
     linears = [name for name, spec in specs.items() if name.endswith(".weight") and len(spec.shape) == 2]
     return with_sparsity(
         request.config,
@@ -187,7 +187,7 @@ def _write_shards(
     selection: Selection,
     request: WriteRequest,
 ) -> list[Path]:
-    # Numbers whose file got nothing are closed up.
+    # Numbers whose file got nothing are skipped.
     numbers = sorted(set(shards.values())) or [0]
     files = dict(zip(numbers, shard_names(len(numbers)), strict=True))
     weight_map: dict[str, str] = {}

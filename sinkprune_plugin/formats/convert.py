@@ -41,7 +41,7 @@ def convert_checkpoint(
         format=to,
         layout=layout,
         targets=targets,
-        # What is sparse already may stay so, whatever its name.
+        # Weights that are sparse already may stay so, whatever their names.
         candidates=reader.sparse_names,
         config=reader.config,
         source=reader.directory,

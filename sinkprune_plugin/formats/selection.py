@@ -11,8 +11,8 @@ from sinkprune_plugin.formats.files.safetensors_header import DTYPE_NAMES, TORCH
 
 __all__ = ["Census", "Selection", "find_candidates", "is_embedding", "part_specs", "select_targets"]
 
-# A weight counts as pruned, not as one with some zeros by nature, from the share on that llm-compressor took for it.
-# Only quantized weights have many zeros by nature: rounding makes them.
+# From this share of zeros on, which is llm-compressor's, a weight counts as pruned; below it the zeros may be natural.
+# Only quantized weights have many natural zeros, made by rounding.
 _PRUNED_QUANTIZED = 0.49
 
 _IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")
@@ -33,11 +33,11 @@ class Census:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is stored how.
+    """What is stored in which format.
 
     :param format: the format
     :param targets: names of the weights stored in it; all others are stored as they are
-    :param notes: one line on each thing the user may not expect
+    :param notes: one line for each thing the user may not expect
     """
 
     format: CheckpointFormat
@@ -50,7 +50,7 @@ def find_candidates(
 ) -> list[str]:
     """Find the weights that may be stored sparse: those named, or else the Linears in numbered blocks.
 
-    Embeddings and the vocabulary projection, which a loader may tie or look up row by row, aren't among the latter.
+    Embeddings and the vocabulary projection, which a loader may tie or look up row by row, are never among the latter.
 
     :param specs: name → kind and size of each tensor
     :param named: full names of weights, or None

@@ -24,7 +24,7 @@ _OWN_VERSION = "sinkprune_version"
 _DIGESTS = "sinkprune_sha256"
 # The last release of compressed-tensors that wrote these formats; its readers don't look at the value.
 _LEGACY_VERSION = "0.14.0"
-# What may stand beside a sparsity_config without saying that the weights are quantized.
+# Keys next to a sparsity_config that don't mean that the weights are quantized.
 _BESIDE = {_SPARSITY, "quant_method", "version", "transform_config", _OWN_VERSION, _DIGESTS}
 
 
@@ -57,7 +57,7 @@ def read_sparsity_config(config: Mapping[str, Any]) -> SparsityConfig | None:
 
     :param config: content of config.json
     :return: what it says; None if the checkpoint isn't sparse
-    :raises UsageError: if it says something that can't be
+    :raises UsageError: if its content is invalid
     """
     block = _block(config)
     if block is None:
@@ -101,7 +101,7 @@ def with_sparsity(
     :param global_sparsity: share of zeros in the whole model
     :param layout: ``sinkprune`` or ``legacy``
     :return: the new content
-    :raises UsageError: if another tool's quantization stands there
+    :raises UsageError: if it already has another tool's quantization
     """
     new = without_sparsity(config)
     block = new.get(_QUANTIZATION, {})
@@ -124,7 +124,7 @@ def with_sparsity(
         },
     }
     if layout == "legacy":
-        # Readers take any other key for a quantization, so nothing of ours goes here.
+        # Readers take any other key for a quantization, so none of ours is written here.
         block.setdefault("transform_config", {})
         block["version"] = _LEGACY_VERSION
     else:
@@ -146,7 +146,7 @@ def with_digests(config: Mapping[str, Any], digests: Mapping[str, str]) -> dict[
 
 
 def without_own_keys(block: Mapping[str, Any]) -> dict[str, Any]:
-    """What compressed-tensors knows of a ``quantization_config``.
+    """The keys of a ``quantization_config`` that compressed-tensors knows.
 
     :param block: the content of it
     """

@@ -13,7 +13,7 @@ from sinkprune_plugin.outputs import check_output
 __all__ = ["LARGEST_SHARD", "WriteRequest"]
 
 LARGEST_SHARD = 5_000_000_000
-"""Bytes of a file where neither caller nor source says otherwise."""
+"""Bytes of a file unless the caller or the source says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class WriteRequest:
     :param format: a format's name or ``auto``
     :param layout: ``sinkprune`` or ``legacy``
     :param targets: names of the weights to store sparse; None leaves it to names and zeros
-    :param candidates: names that are considered then, besides those of Linears in numbered blocks
+    :param candidates: names to consider in that case, in addition to those of Linears in numbered blocks
     :param config: content of config.json
     :param source: directory whose other files are taken over, or None
     :param max_shard_bytes: bytes of a file

@@ -127,13 +127,13 @@ class CheckpointInfo:
         - ``readers``: list of ``{reader, loads, note}`` with ``loads`` one of ``yes``, ``no``, ``untested``
 
         A *summary* has ``weights`` (elements), ``zeros``, ``sparsity`` (0 to 1), ``structure`` (``N:M``,
-        ``unstructured``, ``dense``, ``zero``, or ``mixed`` for several weights with nothing in common) and
+        ``unstructured``, ``dense``, ``zero``, or ``mixed`` for several weights with no common structure) and
         ``structures`` (structure → number of weight matrices that have it by themselves).
         """
         storage = self.storage
         quantization = None
         if storage.quantization is not None or storage.quant_method not in (None, LEGACY_METHOD, QUANT_METHOD):
-            # Under a sparse format of ours, the quantizer is the one whose keys stand there.
+            # With one of our sparse formats, the quantizer is the one whose keys are there.
             method = LEGACY_METHOD if storage.quant_method == QUANT_METHOD else storage.quant_method
             quantization = {"method": method, "format": storage.quantization or None}
         return {
@@ -232,7 +232,7 @@ def _storage(reader: CheckpointReader, config: dict[str, Any]) -> Storage:
     if reader.sparsity is not None:
         keys, method = dict(reader.sparsity.quantization), reader.sparsity.quant_method
     weights = [stored for name in reader.sparse_names if isinstance(stored := reader.stored(name), SparseWeight)]
-    # A quantizer that doesn't name a format is one nevertheless.
+    # A quantizer that doesn't name a format still counts.
     quantized = bool(keys) if reader.sparsity is not None else bool(block)
     return Storage(
         format=reader.format,
@@ -272,13 +272,13 @@ def _count_layers(info: CheckpointInfo, reader: CheckpointReader) -> None:
 
 
 def _module_types(modules: dict[str, str]) -> dict[str, str]:
-    """The last part of a module's name, or all of it behind the block where a block has several that end alike."""
+    """The last part of a module's name, or everything after the block where several in a block end alike."""
     paths = {module: _path_in_block(module) for module in modules}
     ends = Counter(path.rsplit(".", 1)[-1] for path in set(paths.values()))
     result = {}
     for module, path in paths.items():
         end = path.rsplit(".", 1)[-1]
-        # Outside of the blocks a name stands for itself: LLaDA's vocabulary projection is called like a block's Linear.
+        # Outside of the blocks the full name is used: LLaDA's vocabulary projection has the name of a block's Linear.
         result[module] = module if _split(module)[0] is None else end if ends[end] == 1 else path
     return result
 

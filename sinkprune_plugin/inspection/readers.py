@@ -3,7 +3,7 @@
 Each answer other than ``untested`` is backed by test_sparse_loading.py, test_sparse_quantized_loading.py,
 test_saving.py, test_support_matrix.py, test_bad_input.py, test_legacy_compressed_tensors.py, test_vllm_checkpoints.py,
 test_vllm_models.py or test_vllm_sparse_models.py in integration_tests/; that vLLM loads an ordinary dense checkpoint is
-taken for granted.
+assumed.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Storage:
     :param format: how the weights are stored
     :param quant_method: dispatch key in config.json, or None
     :param quantization: the quantizer's own format, such as float-quantized; None if nothing is quantized
-    :param full_names: sparse, with the names from before compressed-tensors 0.9
+    :param full_names: sparse, with the names used before compressed-tensors 0.9
     :param float8: whether a weight in parts is float8
     :param diffusion: whether the model is of a diffusion family, whose classes are in this package
     """
@@ -70,7 +70,7 @@ class Reader:
 
 
 def find_readers(storage: Storage) -> list[Reader]:
-    """Say who can load a checkpoint.
+    """List who can load a checkpoint.
 
     :param storage: how it is stored
     :return: one entry for each tool, always the same tools in the same order
@@ -85,7 +85,7 @@ def find_readers(storage: Storage) -> list[Reader]:
 
 
 def _foreign(storage: Storage) -> bool:
-    """Quantized by a tool other than compressed-tensors: transformers' own business."""
+    """Quantized by a tool other than compressed-tensors, which transformers handles itself."""
     return storage.quant_method not in (None, LEGACY_METHOD, QUANT_METHOD)
 
 

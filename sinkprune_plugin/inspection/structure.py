@@ -1,8 +1,8 @@
 """The structure of a weight's zeros: none, unstructured, or N of every M successive columns.
 
-Any weight with enough zeros has some in every group: at 90 % unstructured, each sixteen columns hold a handful. So that
+Any weight with enough zeros has some in every group: at 90 % unstructured, each sixteen columns hold a handful. That
 every group has N zeros is necessary, and verified on all groups, but not sufficient: N:M must also explain most of the
-zeros, and their spread over the groups must be out of reach of chance.
+zeros, and their distribution over the groups must be practically impossible by chance.
 """
 
 import math
@@ -18,7 +18,7 @@ from sinkprune_plugin.formats.codecs import bits
 __all__ = ["DENSE", "MIXED", "UNSTRUCTURED", "ZERO", "ZeroCount", "common_structure", "count_zeros", "structure_of"]
 
 DENSE = "dense"
-"""No more zeros than weights have by nature."""
+"""No more zeros than weights have without pruning."""
 
 UNSTRUCTURED = "unstructured"
 """Zeros anywhere."""
@@ -30,14 +30,14 @@ MIXED = "mixed"
 """Several weights without a structure that all of them have."""
 
 _WIDTHS = range(2, 17)
-# A weight of 16 columns of which each row lost 8 is 8:16 by the letter; wide groups need several in a row.
+# A weight of 16 columns with 8 zeros in each row is formally 8:16; wide groups need several per row.
 _ANY_WIDTH = 4
 # N:M followed by rounding or dead channels has a few more zeros than N/M; an unstructured weight's emptiest group has
 # far fewer than the mean.
 _LEAST_SHARE = 0.75
 # In nats: a weight without structure passes once in e^10 = 22 000.
 _LEAST_EVIDENCE = 10.0
-# Zeros by nature, as a share. Rounding to 8 bits makes more of them, in int8 by far the most.
+# Share of zeros without pruning. Rounding to 8 bits makes more of them, in int8 by far the most.
 _NATURAL = 0.05
 _NATURAL_8_BIT = 0.25
 
@@ -50,8 +50,8 @@ class ZeroCount:
 
     :param weights: number of elements
     :param zeros: how many of them are zero
-    :param natural: how many could be without anyone having pruned
-    :param groups: group width M → (M + 1,) number of groups with 0 … M zeros; only widths that may be a structure's
+    :param natural: how many may be zero without pruning
+    :param groups: group width M → (M + 1,) number of groups with 0 … M zeros; only widths that may have a structure
     """
 
     weights: int = 0
@@ -66,7 +66,7 @@ class ZeroCount:
 
     @staticmethod
     def total(counts: Sequence["ZeroCount"]) -> "ZeroCount":
-        """Add several up; group widths remain that all of them have.
+        """Add up several counts, with the group widths that all of them have.
 
         :param counts: of single weights
         """
@@ -160,7 +160,7 @@ def common_structure(counts: Sequence[ZeroCount]) -> str:
         return _name(found)
     names = {structure_of(count) for count in counts if count.weights} - {ZERO}
     if names and all(":" in name for name in names):
-        # Each is N:M beyond doubt, so chance needs no ruling out again.
+        # Each is N:M beyond doubt, so chance need not be ruled out again.
         common = [(_least(histogram), width) for width, histogram in total.groups.items()]
         return _name(max(common, key=lambda nm: (nm[0] / nm[1], -nm[1]))) if common else MIXED
     if len(names) > 1:
@@ -188,8 +188,8 @@ def _find_pattern(count: ZeroCount) -> tuple[int, int] | None:
 def _evidence(count: ZeroCount, known: tuple[int, int] | None, width: int) -> float:
     """−log of the chance that all groups lie in the range they lie in.
 
-    Were there no structure but the known one of narrower groups, a group would be several independent draws of these.
-    Without one, it would be ``width`` independent elements.
+    Given a known structure of narrower groups and no other, a group is several independent draws of these; without one,
+    it is ``width`` independent elements.
     """
     narrow = np.array([1 - count.sparsity, count.sparsity])
     if known is not None:

@@ -23,7 +23,7 @@ def print_info(info: CheckpointInfo, console: Console) -> None:
     :param console: where to print
     """
     for line in _lines(info):
-        # Text of names and paths is never taken for markup, nor broken where a line is too long for the terminal.
+        # Names and paths are never parsed as markup, nor broken where a line is too long for the terminal.
         console.print(Text(line), soft_wrap=True)
     tables: list[tuple[str, Table]] = []
     if info.linears:

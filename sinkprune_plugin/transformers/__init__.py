@@ -1,1 +1,1 @@
-"""Sparse checkpoints in transformers: quantizer, weight conversion, and what it takes to load them."""
+"""Sparse checkpoints in transformers: quantizer, weight conversion, and the state shared while loading."""

@@ -30,7 +30,7 @@ class LoadContext:
     :param sparse_format: the format its config.json names
     :param groups: what the checkpoint's headers say
     :param dtype: the model's dtype
-    :param dtype_plan: regular expression → dtype, for parameters the model keeps in another one
+    :param dtype_plan: regular expression → dtype, for parameters the model keeps in another dtype
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class LoadContext:
         self._files = {name: parts["compressed"].file.name for name, parts in groups.sparse.items()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LoadContext":
-        # The loader copies a converter for each tensor; errors must come back to one place.
+        # The loader copies a converter for each tensor; errors must be collected in one place.
         return self
 
     @property

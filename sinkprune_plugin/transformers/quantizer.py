@@ -2,12 +2,12 @@
 
 Two kinds of checkpoint are recognised by their ``quantization_config``: those with the dispatch key
 ``compressed-tensors-sparse``, and historic ones with ``compressed-tensors`` and a ``sparsity_config`` in a sparse
-format, whose sparsity transformers by itself drops, leaving freshly initialised weights. The weights are decompressed
+format, whose sparsity transformers on its own drops, leaving freshly initialised weights. The weights are decompressed
 one by one while loading. A checkpoint that is only sparse gives an ordinary dense model, with no trace of a quantizer;
 one that is quantized as well is handed on to transformers' own quantizer once its sparsity is undone.
 
-Importing this module imports transformers' quantizers; :func:`register_quantizers` is to be called right after they
-have been imported.
+Importing this module imports transformers' quantizers; :func:`register_quantizers` must be called right after they have
+been imported.
 """
 
 import sys
@@ -34,14 +34,14 @@ __all__ = [
     "register_quantizers",
 ]
 
-# Never in a file: only tells transformers' registry which of the two quantizers takes a parsed config.
+# Never in a file: only tells transformers' registry which of the two quantizers handles a parsed config.
 _STACKED_METHOD = "compressed-tensors-sparse-quantized"
 
 
 class CompressedTensorsConfig(stock.CompressedTensorsConfig):
     """The ``quantization_config`` of a checkpoint in a sparse format.
 
-    It bears transformers' own name for the class because ``from_pretrained(quantization_config=…)``, which
+    It has the name of transformers' own class because ``from_pretrained(quantization_config=…)``, which
     llm-compressor uses on every ``compressed-tensors`` checkpoint, compares the names of the classes.
 
     :param sparsity_config: its ``format`` must be one of ``CheckpointFormat``
@@ -57,14 +57,14 @@ class CompressedTensorsConfig(stock.CompressedTensorsConfig):
         self.stacked = _is_quantized(options)
         if not self.stacked and options.get("transform_config"):
             raise UsageError(
-                "quantization_config has a transform_config beside its sparsity_config, which can't be loaded without "
+                "quantization_config has a transform_config next to its sparsity_config, which can't be loaded without "
                 "a quantization; load it with the tool that wrote it and save it dense"
             )
         options["quant_method"] = LEGACY_METHOD
         super().__init__(**options)
         self.quant_method = _STACKED_METHOD if self.stacked else QUANT_METHOD
         if not self.stacked:
-            # What transformers calls dequantized: the loaded model keeps neither quantizer nor config.
+            # transformers calls this dequantized: the loaded model keeps neither quantizer nor config.
             self.dequantize = True
 
     def get_loading_attributes(self) -> dict[str, Any]:
@@ -73,8 +73,7 @@ class CompressedTensorsConfig(stock.CompressedTensorsConfig):
 
 
 class _CompressedTensorsDispatch(stock.CompressedTensorsConfig):
-    """Stands in the registry under ``compressed-tensors``: sparse configs go to this package, all others where they
-    went before."""
+    """Registered under ``compressed-tensors``: sparse configs go to this package, all others where they went before."""
 
     previous: type[Any] = stock.CompressedTensorsConfig
 
@@ -83,7 +82,7 @@ class _CompressedTensorsDispatch(stock.CompressedTensorsConfig):
         """See the base class."""
         inner = config_dict.get("quantization_config", config_dict)
         sparsity = inner.get("sparsity_config")
-        # Without quantization, the format "dense" is ours too: transformers by itself fails on it.
+        # Without quantization, the format "dense" is ours too: transformers on its own fails on it.
         dense = isinstance(sparsity, dict) and sparsity.get("format") == CheckpointFormat.DENSE
         if not sparsity or (dense and _is_quantized(inner)):
             return cls.previous.from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
@@ -125,7 +124,7 @@ class _SparseLoading(HfQuantizer):
             directory if directory.is_dir() else None,
         )
         if self.quantization_config.stacked:
-            # Scales and quantized values keep the dtypes they are stored in, as transformers' own quantizer has it.
+            # Scales and quantized values keep the dtypes they are stored in, as with transformers' own quantizer.
             self._context = LoadContext(sparse_format, groups, None, {})
         else:
             self._context = LoadContext(sparse_format, groups, dtype, model._get_dtype_plan(dtype))
@@ -137,9 +136,9 @@ class _SparseLoading(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
         """Put the decompression into the loader's pipeline; see the base class."""
         if self._context is None:
-            # Asked for outside of a load, as when an adapter is added to the model: nothing to decompress there.
+            # Asked for outside of a load, as when an adapter is added to the model: there is nothing to decompress.
             return super().update_weight_conversions(weight_conversions)
-        # Sparsity goes first, so that a quantizer's conversions, added by the base class, see dense weights.
+        # Sparsity comes first, so that a quantizer's conversions, added by the base class, see dense weights.
         loading, self._originals, self._added = add_sparse_conversions(weight_conversions, self._context, self._model)
         if self.quantization_config.stacked and self._originals:
             raise UsageError(
@@ -162,7 +161,7 @@ class _SparseLoading(HfQuantizer):
                     f"{name} has shape {tuple(tensor.shape)} in the checkpoint, but the model wants {expected}: "
                     "config.json doesn't belong to these weights"
                 )
-        # Saving inverts the conversions of loading; a loaded model is to be saved as if it had been dense.
+        # Saving inverts the conversions of loading; a loaded model must be saved as if it had been dense.
         model._weight_conversions = [
             self._originals.get(id(conversion), conversion)
             for conversion in model._weight_conversions
@@ -216,7 +215,7 @@ def _sparse_format(sparsity_config: Any) -> CheckpointFormat:
     """The format named in a ``sparsity_config``; compared, never looked up, so that no text from a file is imported."""
     if not isinstance(sparsity_config, dict):
         raise UsageError(
-            f'quant_method "{QUANT_METHOD}" needs a sparsity_config with a format beside it in config.json; '
+            f'quant_method "{QUANT_METHOD}" needs a sparsity_config with a format next to it in config.json; '
             f"found {type(sparsity_config).__name__}"
         )
     return parse_format(sparsity_config.get("format"), "sparsity_config.format of config.json")
@@ -248,7 +247,7 @@ def register_quantizers() -> None:
     for method, quantizer in ((QUANT_METHOD, SparseHfQuantizer), (_STACKED_METHOD, SparseQuantizedHfQuantizer)):
         if method not in auto.AUTO_QUANTIZER_MAPPING:
             auto.register_quantizer(method)(quantizer)
-    # No public function replaces an entry; only from_dict of it is ever called, and it passes all others through.
+    # No public function replaces an entry; only its from_dict is ever called, and it passes all others through.
     registered = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[LEGACY_METHOD]
     if registered is not _CompressedTensorsDispatch:
         _CompressedTensorsDispatch.previous = registered

@@ -1,8 +1,8 @@
-"""Weight conversions for transformers' loader: the parts of a sparse weight in, the dense weight out.
+"""Weight conversions for transformers' loader: from the parts of a sparse weight to the dense weight.
 
 The loader collects the tensors that a :class:`~transformers.core_model_loading.WeightConverter` renames to one
-parameter, from whichever shards they lie in, and calls its operations parameter by parameter. So at no time is there
-more than one weight both sparse and dense.
+parameter, from whichever shards they lie in, and calls its operations parameter by parameter. So at most one weight at
+a time exists both sparse and dense.
 """
 
 import re
@@ -19,7 +19,7 @@ __all__ = ["add_sparse_conversions"]
 
 
 class _PartsConverter(WeightConverter):
-    """A converter that looks at the model before the first tensor is read, when its distribution is settled."""
+    """A converter that checks the model before the first tensor is read, when its distribution is known."""
 
     __slots__ = ("context", "model")
 
@@ -41,7 +41,7 @@ class _PartsConverter(WeightConverter):
 
 
 class _MergingConverter(WeightConverter):
-    """A model's own converter, with sparse sources: leaves it to the quantizer to raise what the context noted."""
+    """A model's own converter, with sparse sources: leaves it to the quantizer to raise the recorded errors."""
 
     __slots__ = ("context",)
 
@@ -71,7 +71,7 @@ class DecompressWeight(ConversionOps):
         model: Any = None,
         **_kwargs: Any,
     ) -> dict[str, Any]:
-        """See the base class; a bad weight is noted in the context and left out, hence never loaded."""
+        """See the base class; a bad weight is recorded in the context and left out, hence never loaded."""
         wanted = self.context.sparse_format.parts
         parts = {
             part: input_dict[pattern][0]

@@ -55,7 +55,7 @@ COMMON_DAMAGE = [
     (changed("bitmask", lambda mask: mask[:, :2]), r"needs a bitmask of \[6, 3\], but it is \[6, 2\]"),
     (changed("bitmask", lambda mask: mask.flatten()), "needs a bitmask of"),
     (changed("bitmask", lambda mask: mask.short()), "bitmask is int16, it must be uint8"),
-    (changed("bitmask", lambda mask: mask | 0x80), "bits set behind the last column 19"),
+    (changed("bitmask", lambda mask: mask | 0x80), "bits set after the last column 19"),
     (changed("shape", lambda shape: shape.int()), "shape is int32, it must be int64"),
     (changed("shape", lambda shape: shape[:0]), "shape has 0 entries"),
     (changed("shape", lambda shape: torch.arange(100)), "shape has 100 entries"),

@@ -143,7 +143,7 @@ def test_long_file_names_in_the_index(tmp_path, length):
     folder = write_dense(tmp_path / "c", model(), shards=2)
     index = {"weight_map": {"a": "x" * (length - len(".safetensors")) + ".safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    message = "which isn't there" if length <= 255 else "isn't a .* file beside it"
+    message = "which isn't there" if length <= 255 else "isn't a .* file next to it"
     for use in each_use(folder):
         with pytest.raises(UsageError, match=message) as raised:
             use()

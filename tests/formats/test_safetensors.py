@@ -97,7 +97,7 @@ def one(name="a", dtype="F32", shape=(2,), offsets=(0, 8)):
         (one(offsets=(4, 12)), 12, "starts at byte .* instead of"),
         (one() | one("b"), 8, "b in .* starts at byte|a in .* starts at byte"),
         (one(), 7, "is truncated: a ends at byte"),
-        (one(), 9, "1 bytes behind its last tensor"),
+        (one(), 9, "1 bytes after its last tensor"),
         (one("a\nb"), 8, "can't be the name of a tensor"),
         (one("a\ud800"), 8, "can't be the name of a tensor"),
         (one(""), 8, "can't be the name of a tensor"),
@@ -188,7 +188,7 @@ def test_entries_are_read_from_the_files_that_the_index_names(sharded):
 def test_index_that_names_a_file_elsewhere(sharded, name):
     folder, weight_map = sharded
     write_index(folder, weight_map | {"b": name})
-    with pytest.raises(UsageError, match=r"isn't a .* file beside it"):
+    with pytest.raises(UsageError, match=r"isn't a .* file next to it"):
         read_entries(folder)
 
 

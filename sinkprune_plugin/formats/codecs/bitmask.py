@@ -55,7 +55,7 @@ def decompress(parts: Mapping[str, torch.Tensor], *, name: str = "weight") -> to
     require_parts(parts, CheckpointFormat.SPARSE_BITMASK.parts, name)
     sizes = dense_shape(parts["shape"], name)
     packed = check_bitmask(parts["bitmask"], sizes, name)
-    # Rows take no bytes in a mask without columns, but their offsets do: no more rows are counted than are stored.
+    # Rows take no bytes in a mask without columns, but their offsets do: the row count is limited by what is stored.
     _check_offsets_shape(parts["row_offsets"], sizes, name)
     counts = bits.bit_counts(packed)
     compressed, count = parts["compressed"], int(counts.sum())

@@ -1,7 +1,7 @@
-"""Masks of single bits, and moving the values they mark, a cache-sized piece of a weight at a time.
+"""Bit masks, and moving the values they mark, one cache-sized piece of a weight at a time.
 
-A mask of shape (R, C) is packed row by row, 8 columns a byte, column ``c`` in bit ``c % 8``; each row starts on a fresh
-byte and the bits behind the last column are 0. On the CPU, numpy's kernels do the work on bits and find the set
+A mask of shape (R, C) is packed row by row, 8 columns per byte, column ``c`` in bit ``c % 8``; each row starts on a
+fresh byte and the bits after the last column are 0. On the CPU, numpy's kernels do the work on bits and find the set
 positions without a branch per element, which is several times as fast as any path through torch; on other devices the
 same functions are written in torch.
 """
@@ -50,10 +50,10 @@ def zeros(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 def row_pieces(matrix: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """Cut a matrix into runs of whole rows.
+    """Split a matrix into runs of whole rows.
 
     :param matrix: (R, C)
-    :return: (first row, row behind the last) of each run; none if the matrix has no element
+    :return: (first row, row after the last) of each run; none if the matrix has no element
     """
     rows, columns = matrix.shape
     size = _PIECE_CPU if matrix.device.type == "cpu" else _PIECE_DEVICE

@@ -10,10 +10,10 @@ from sinkprune_plugin.errors import UsageError, short
 __all__ = ["AUTO", "LAYOUTS", "LEGACY_METHOD", "QUANT_METHOD", "CheckpointFormat", "parse_format"]
 
 AUTO = "auto"
-"""Stands for the smallest of the formats that every target fits."""
+"""Selects the smallest of the formats that every target fits."""
 
 QUANT_METHOD = "compressed-tensors-sparse"
-"""``quant_method`` of a checkpoint that only this package reads: others refuse it instead of loading it wrong."""
+"""``quant_method`` of a checkpoint that only this package reads: others refuse it instead of loading it incorrectly."""
 
 LEGACY_METHOD = "compressed-tensors"
 """``quant_method`` of the releases of compressed-tensors that could read sparse checkpoints."""

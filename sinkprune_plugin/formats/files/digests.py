@@ -1,7 +1,7 @@
-"""Digests of weight files: what tells a changed value where the formats themselves can't.
+"""Digests of weight files: they reveal a changed value where the formats themselves can't.
 
-SHA-256, so that ``sha256sum`` and the pages of a model hub show the same number. With a processor's instructions for it
-it's also the fastest of hashlib's. A file is read once more for it when it is written, and once when it is loaded.
+SHA-256, so that ``sha256sum`` and the pages of a model hub show the same number. On processors with SHA instructions it
+is also the fastest in hashlib. A file is read once more for its digest after it is written, and once when it is loaded.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def check_digest_names(digests: Mapping[str, str] | None, files: Iterable[Path])
         what = "has no digest" if odd[0] in names else "has a digest but isn't one of the weight files"
         raise UsageError(
             f"{short(odd[0])} {what} in config.json; fetch the checkpoint again, or delete sinkprune_sha256 from "
-            "config.json if the weights were split anew"
+            "config.json if the weights were split again"
         )
 
 
@@ -51,8 +51,8 @@ def check_digest(digests: Mapping[str, str] | None, file: Path, weights: Iterabl
 
     :param digests: file name → digest, None if config.json has none
     :param file: one of the weight files
-    :param weights: the checkpoint's sparse weights, which are looked through for the damage
-    :raises UsageError: if it differs; naming the tensor where that can be seen
+    :param weights: the checkpoint's sparse weights, in which the damage is located
+    :raises UsageError: if it differs, naming the tensor where that can be determined
     """
     if digests is None or file_digest(file) == digests[file.name]:
         return

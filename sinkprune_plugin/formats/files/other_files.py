@@ -32,7 +32,7 @@ class OtherFiles:
 
     :param files: path relative to the checkpoint's directory → the file itself, links resolved
     :param nbytes: size of all of them
-    :param notes: one line on each file that is left out and might be missed
+    :param notes: one line for each file that is left out and might be needed
     """
 
     files: dict[Path, Path]
@@ -45,8 +45,8 @@ def find_other_files(directory: Path | None) -> OtherFiles:
 
     :param directory: checkpoint directory, None where there is none
     :return: the files
-    :raises UsageError: for a link that leads nowhere or out of the checkpoint: what a checkpoint names must not make us
-        copy anything else of this machine. The links of a hub's cache into its own store of files are followed
+    :raises UsageError: for a link that leads nowhere or out of the checkpoint: a checkpoint's links must not make us
+        copy other files of this machine. The links of a hub's cache into its own store of files are followed
     """
     if directory is None:
         return OtherFiles({})

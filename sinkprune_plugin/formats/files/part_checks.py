@@ -1,4 +1,4 @@
-"""What both sparse formats demand of a weight to be compressed and of the parts to be decompressed."""
+"""What both sparse formats require of a weight to be compressed and of the parts to be decompressed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ def check_weight(weight: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def require_parts(parts: Mapping[str, torch.Tensor], wanted: Sequence[str], name: str) -> None:
-    """Check that the parts are there, have data and the dtypes the formats say.
+    """Check that the parts are there, have data and have the dtypes that the formats prescribe.
 
     :param parts: local name → tensor
     :param wanted: local names
@@ -65,7 +65,7 @@ def dense_shape(shape: torch.Tensor, name: str) -> list[int]:
     :param shape: (ndim,) or (ndim, 1) int64
     :param name: what to call the weight in an error
     :return: the sizes
-    :raises UsageError: if they can't be a weight's
+    :raises UsageError: if they aren't those of a weight
     """
     if not 1 <= shape.numel() <= _MAX_DIMENSIONS:
         raise UsageError(f"{name}: shape has {shape.numel()} entries, a weight has 2; {DAMAGED}")
@@ -83,7 +83,7 @@ def check_bitmask(bitmask: torch.Tensor, sizes: Sequence[int], name: str) -> tor
     :param sizes: the dense shape (…, C)
     :param name: what to call the weight in an error
     :return: (R, ceil(C / 8)), contiguous, with R the product of all sizes but the last
-    :raises UsageError: if the mask has another shape or a bit set behind the last column
+    :raises UsageError: if the mask has another shape or a bit set after the last column
     """
     rows, columns = math.prod(sizes[:-1]), sizes[-1]
     width = -(-columns // 8)
@@ -94,7 +94,7 @@ def check_bitmask(bitmask: torch.Tensor, sizes: Sequence[int], name: str) -> tor
         )
     packed = bitmask.reshape(rows, width).contiguous()
     if columns % 8 and bool((packed[:, -1] >> columns % 8).any()):
-        raise UsageError(f"{name}: bitmask has bits set behind the last column {columns - 1}; {DAMAGED}")
+        raise UsageError(f"{name}: bitmask has bits set after the last column {columns - 1}; {DAMAGED}")
     return packed
 
 

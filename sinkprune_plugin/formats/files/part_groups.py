@@ -1,7 +1,7 @@
 """Which tensors of a checkpoint's files make up which sparse weight, judged by names alone.
 
-The one place for it: our own reader, transformers and vLLM go by what is found here, before a weight is read, so that
-all of them take the same checkpoints and refuse the same.
+The only place for it: our own reader, transformers and vLLM use this result before they read a weight, so that all of
+them accept and refuse the same checkpoints.
 """
 
 from collections.abc import Mapping
@@ -116,7 +116,7 @@ def _check_group(owner: str, name: str, parts: Mapping[str, TensorEntry], sparse
 
 
 def _refuse_parts(parts_of: Mapping[str, Mapping[str, TensorEntry]]) -> None:
-    """A sparse checkpoint must not pass for a dense one with odd names."""
+    """Refuse a sparse checkpoint that would pass for a dense one with unusual names."""
     for parts in parts_of.values():
         telling = next((parts[part] for part in _TELLING if part in parts), None)
         if telling is not None and len(parts) > 1:
@@ -127,7 +127,7 @@ def _refuse_parts(parts_of: Mapping[str, Mapping[str, TensorEntry]]) -> None:
 
 
 def _check_targets(sparsity: SparsityConfig, names: set[str]) -> None:
-    """Without this, a weight of which all parts are lost would be made anew by whoever loads the model.
+    """Refuse missing weights: a loader would initialise a weight of which all parts are lost.
 
     Only names are compared. In files of other writers there are also classes and patterns among them, and the names
     may be those of the modules in memory, which differ from the files' where transformers renames while saving.

@@ -1,7 +1,7 @@
 """Headers of safetensors files: which tensors a file holds, of what dtype and shape, and where their bytes are.
 
 Reading a header here instead of with the library gives the place of every tensor in the file, so that tensors are read
-into memory of their own, one by one, and a shard is never mapped or held as a whole; a file that shrinks meanwhile is a
+one by one into their own memory, and a shard is never mapped or held as a whole; a file that shrinks meanwhile is a
 short read instead of a fatal signal. Writing it here lets a shard grow tensor by tensor. A file so written is the same,
 byte for byte, as the library's own.
 """
@@ -78,7 +78,7 @@ _LARGEST_HEADER = 100_000_000
 _MAX_DIMENSIONS = 64
 # torch counts elements in 64 bits, and multiplies the sizes of a tensor that has none as well.
 _MOST_ELEMENTS = 1 << 62
-# Several times as long as any model's. Messages print names whole.
+# Several times as long as in any model. Messages print names in full.
 _LONGEST_NAME = 512
 _METADATA = "__metadata__"
 _AGAIN = "fetch or write the file again"
@@ -151,7 +151,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         if end > size:
             raise UsageError(f"{file} is truncated: {entry.name} ends at byte {end}, the file at {size}; {_AGAIN}")
     if end != size:
-        raise UsageError(f"{file} has {size - end} bytes behind its last tensor; {_AGAIN}")
+        raise UsageError(f"{file} has {size - end} bytes after its last tensor; {_AGAIN}")
     return {entry.name: entry for entry in entries}
 
 
@@ -176,8 +176,8 @@ def _parse(text: bytes, file: Path) -> dict[str, Any]:
 
 
 def is_tensor_name(name: str) -> bool:
-    """Whether a tensor can be called so: names are printed, compared and written again, so no line breaks, no halves of
-    a character, and not of any length.
+    """Whether a tensor may have this name: names are printed, compared and written again, so they have no line breaks,
+    no lone surrogates, and a limited length.
     """
     return 0 < len(name) <= _LONGEST_NAME and name.isprintable()
 
@@ -213,7 +213,7 @@ def _is_size(value: Any) -> bool:
 def shard_header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
     """Lay out a file.
 
-    :param tensors: name → kind and size of the tensors it shall hold
+    :param tensors: name → kind and size of the tensors it will hold
     :return: everything before the data; name → offset of its first byte, from the start of the file
     """
     header: dict[str, Any] = {_METADATA: {"format": "pt"}}

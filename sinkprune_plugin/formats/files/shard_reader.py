@@ -30,7 +30,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _PIECE = 16 << 20
 # The index of the largest models has about 10 MB.
 _LARGEST_JSON = 100_000_000
-# What file systems allow.
+# The length that file systems allow.
 _LONGEST_FILE_NAME = 255
 
 
@@ -115,7 +115,7 @@ def index_of(files: Sequence[Path], directory: Path | None = None) -> Path | Non
     """The index of weight files that another loader has found.
 
     :param files: safetensors files
-    :param directory: the checkpoint's directory, where they may be in a folder of it; None for that of the first file
+    :param directory: the checkpoint's directory, where they may be in a subfolder; None for that of the first file
     :return: the index; None where there is none or a lone file doesn't need it
     :raises UsageError: if an index led the loader out of the directory
     """
@@ -138,10 +138,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UsageError(f"{index} has no weight_map; fetch or write it again")
     for name in weight_map.values():
-        # Only files beside the index: nothing a checkpoint says makes us open another one.
+        # Only files next to the index: nothing in a checkpoint makes us open another one.
         plain = isinstance(name, str) and name.isprintable() and "\\" not in name and Path(name).name == name
         if not plain or not name.endswith(".safetensors") or len(name.encode()) > _LONGEST_FILE_NAME:
-            raise UsageError(f"{index} names '{short(name)}', which isn't a *.safetensors file beside it; correct it")
+            raise UsageError(f"{index} names '{short(name)}', which isn't a *.safetensors file next to it; correct it")
     return weight_map
 
 
@@ -160,7 +160,7 @@ def read_bytes(entry: TensorEntry) -> Iterator[memoryview]:
 
 
 def read_tensor(entry: TensorEntry) -> torch.Tensor:
-    """Read a tensor into memory of its own.
+    """Read a tensor into its own memory.
 
     :param entry: where it is
     :return: the tensor
@@ -179,7 +179,7 @@ def _read_into(target: memoryview, entry: TensorEntry, offset: int) -> None:
         with entry.file.open("rb", buffering=0) as stream:
             stream.seek(entry.begin + offset)
             done = 0
-            # A single call reads at most 2 GiB.
+            # One call reads at most 2 GiB.
             while done < len(target):
                 count = stream.readinto(target[done:])
                 if not count:

@@ -17,7 +17,7 @@ __all__ = ["ShardWriter", "shard_names", "spec_of", "split_into_shards", "tensor
 
 @contextlib.contextmanager
 def writing(file: Path) -> Iterator[None]:
-    """Say in one line what went wrong with a file or directory that is being written.
+    """Report in one line what went wrong while a file or directory was written.
 
     :param file: its path
     :raises UsageError: for a full disk and the like
@@ -66,7 +66,7 @@ class ShardWriter:
     """A safetensors file whose layout is known and whose tensors come one by one, in any order.
 
     :param file: file to create
-    :param tensors: name → kind and size of each tensor it shall hold
+    :param tensors: name → kind and size of each tensor it will hold
     """
 
     def __init__(self, file: Path, tensors: Mapping[str, TensorSpec]) -> None:

@@ -54,7 +54,7 @@ def open_weight(name: str, sparse_format: CheckpointFormat, parts: Mapping[str, 
     :param sparse_format: a sparse format
     :param parts: all parts of that format, local name → where it is
     :return: the weight
-    :raises UsageError: if the parts can't be what they claim
+    :raises UsageError: if the parts contradict their headers
     """
     shape, values = parts["shape"], parts["compressed"]
     where = _where(name, shape)

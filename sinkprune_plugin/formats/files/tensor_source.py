@@ -58,7 +58,7 @@ class MemoryTensors:
 
 
 class SpooledTensors:
-    """Tensors that can be had only once, put aside on disk so that no more than one is in memory.
+    """Tensors that can be read only once, stored on disk so that no more than one is in memory.
 
     :param tensors: (name, tensor) pairs
     :param directory: where the file lies while it is needed
