@@ -29,7 +29,7 @@ class Corruption:
 def mask_probability(timestep: float, noise_eps: float) -> float:
     """Probability that a token is replaced at timestep t: (1 - eps) t + eps.
 
-    Source: "Large Language Diffusion Models" (arXiv 2502.09992), section 2.1; eps as its published code has it.
+    Source: "Large Language Diffusion Models" (arXiv 2502.09992), section 2.1; eps as in its published code.
 
     :param timestep: t in (0, 1]
     :param noise_eps: eps in [0, 1), keeps the probability away from zero
@@ -59,7 +59,7 @@ def sample_generator(seed: int, timestep_index: int, token_ids: torch.Tensor) ->
     # A fixed width and byte order: the same ids give the same noise, whatever their dtype and the machine.
     digest.update(token_ids.detach().cpu().to(torch.int64).numpy().astype("<i8").tobytes())
     generator = torch.Generator(device="cpu")
-    # manual_seed takes 64 bits signed or unsigned; 63 bits stay clear of the sign.
+    # manual_seed takes 64 bits signed or unsigned; 63 bits avoid the sign.
     generator.manual_seed(int.from_bytes(digest.digest(), "little") >> 1)
     return generator
 
@@ -67,7 +67,7 @@ def sample_generator(seed: int, timestep_index: int, token_ids: torch.Tensor) ->
 def corruptible_positions(
     input_ids: torch.Tensor, spec: DiffusionSpec, attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Positions that the forward process may replace: real tokens, less the ones that the family keeps.
+    """Positions that the forward process may replace: real tokens, minus the ones that the family keeps.
 
     :param input_ids: (B, T) token ids
     :param spec: the model's diffusion spec
@@ -96,14 +96,14 @@ def corrupt(
 ) -> Corruption:
     """Replace each corruptible token by the mask token, independently, with probability :func:`mask_probability`.
 
-    Padding is never corrupted, neither are the tokens that the family keeps. A row draws one number for each of its
+    Padding is never corrupted, nor are the tokens that the family keeps. A row draws one number for each of its
     real tokens, so padding doesn't change its noise.
 
     :param input_ids: (B, T) integer token ids
-    :param timestep: t in (0, 1], one for all rows or one a row
+    :param timestep: t in (0, 1], one for all rows or one per row
     :param spec: the model's diffusion spec
     :param noise_eps: floor of the mask probability
-    :param generators: one CPU generator a row, see :func:`sample_generator`
+    :param generators: one CPU generator per row, see :func:`sample_generator`
     :param attention_mask: (B, T), nonzero on real tokens; None means that all are real
     :return: corrupted sequences, on the device of ``input_ids``
     :raises UsageError: if shapes or numbers don't fit

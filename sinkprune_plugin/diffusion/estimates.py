@@ -63,11 +63,11 @@ class RowScores:
 def estimate_likelihood(scores: RowScores, *, control_variate: bool) -> Likelihood:
     """Combine the losses into both perplexities.
 
-    The plain ELBO sample of a window is nll / p_mask. Most of its variance is not the model's but that of the number of
-    corrupted tokens: at p = 0.01, one token more or less of 256 is worth 100 losses. The control variate takes out what
-    is known, E[corrupted / p_mask] = tokens: (nll - c · corrupted) / p_mask + c · tokens has the same expectation for
-    every c that doesn't depend on this window's noise. c is the mean loss of the *other* windows' corrupted tokens in
-    the same stratum of t, so the estimate stays unbiased.
+    The plain ELBO sample of a window is nll / p_mask. Most of its variance comes not from the model but from the number
+    of corrupted tokens: at p = 0.01, one token more or less of 256 changes it by 100 losses. The control variate
+    removes the known part, E[corrupted / p_mask] = tokens: (nll - c · corrupted) / p_mask + c · tokens has the same
+    expectation for every c that doesn't depend on this window's noise. c is the mean loss of the *other* windows'
+    corrupted tokens in the same stratum of t, so the estimate stays unbiased.
 
     :param scores: losses of all windows
     :param control_variate: reduce the variance of the ELBO; False gives the plain sum

@@ -1,4 +1,4 @@
-"""Running a model as it was found: without dropout and gradients, and back afterwards."""
+"""Running a model without dropout and gradients, and restoring its mode afterwards."""
 
 import contextlib
 from collections.abc import Iterator

@@ -21,7 +21,7 @@ class DiffusionFamily:
         where it becomes any token of the vocabulary, as in DiffusionGemma, is refused for now: its likelihood differs.)
     :param keep_first: the first real token of a sequence is never corrupted
     :param keep_last: the last real token of a sequence is never corrupted
-    :param logit_shift: the logit that predicts token i stands at position i - ``logit_shift``; 0 or 1
+    :param logit_shift: the logit that predicts token i is at position i - ``logit_shift``; 0 or 1
     :param default_mask_token_id: mask token id of the published checkpoints, used only where neither the configuration
         nor the tokenizer names one and the vocabulary holds it
     """
@@ -55,7 +55,7 @@ class DiffusionSpec:
 
     @property
     def logit_shift(self) -> int:
-        """The logit that predicts token i stands at position i - logit_shift."""
+        """The logit that predicts token i is at position i - logit_shift."""
         return self.family.logit_shift
 
     @property

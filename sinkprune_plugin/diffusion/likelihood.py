@@ -35,7 +35,7 @@ _ROWS_PER_CHUNK = 1024
 
 
 class LikelihoodOptions(TypedDict, total=False):
-    """Options of :func:`measure_likelihood`, which has their meaning and defaults."""
+    """Options of :func:`measure_likelihood`, which documents them and has the same defaults."""
 
     num_samples: int
     seed: int
@@ -105,7 +105,7 @@ def score_windows(
 ) -> RowScores:
     """Losses window by window, for comparisons in pairs: the noise depends on seed and window, not on the model.
 
-    :param model: this and the others: see :func:`measure_likelihood`
+    :param model: this and the other parameters: see :func:`measure_likelihood`
     :param input_ids: (N, T) clean windows
     :param spec: the model's diffusion spec
     :param num_samples: noise samples for each window, t stratified over them
@@ -188,7 +188,7 @@ def perplexity_on(
     batch_size: int = 8,
     progress: bool = False,
 ) -> tuple[float, float]:
-    """Both perplexities on recorded corruption, for comparisons that leave no room for noise.
+    """Both perplexities on recorded corruption, for comparisons without sampling noise.
 
     :param model: see :func:`measure_likelihood`
     :param clean_ids: (N, T) clean windows
@@ -223,7 +223,7 @@ def perplexity_on(
 
 
 def _stratified_timesteps(num_samples: int, generator: torch.Generator) -> list[float]:
-    # One uniform offset u a window: t_k = 1 - (k + u) / K has one point in each of K equal strata of (0, 1].
+    # One uniform offset u per window: t_k = 1 - (k + u) / K has one point in each of K equal strata of (0, 1].
     offset = torch.rand((), generator=generator, dtype=torch.float64).item()
     return [1 - (k + offset) / num_samples for k in range(num_samples)]
 
@@ -252,7 +252,7 @@ def _corrupted_nll(
             mask = None if valid is None else valid[rows].to(device=device, dtype=torch.int64)
             output: Any = model(input_ids=noisy[rows].to(device), attention_mask=mask)
             row, position = corrupted[rows].nonzero(as_tuple=True)
-            # Dream: the logit that predicts token i stands at i - 1; the first token has none and keeps its own.
+            # Dream: the logit that predicts token i is at i - 1; the first token has none and keeps its own.
             logits = output.logits[row, (position - spec.logit_shift).clamp(min=0)]
             targets = clean[rows][row, position].to(logits.device)
             # In float32: a log-sum-exp over a large vocabulary loses digits in bfloat16.

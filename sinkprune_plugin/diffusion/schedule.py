@@ -1,4 +1,4 @@
-"""The grid of denoising timesteps that calibration visits, and how much each of them counts."""
+"""The grid of denoising timesteps that calibration visits, and the weight of each."""
 
 import math
 

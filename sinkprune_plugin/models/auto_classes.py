@@ -1,6 +1,6 @@
 """Registration of the native models with transformers' auto classes.
 
-Each function is to be called when the auto class that it extends has been imported.
+Each function must be called after the auto class that it extends has been imported.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Attention in both directions through ``scaled_dot_product_attention``, the one way in which these models attend."""
+"""Attention in both directions through ``scaled_dot_product_attention``, the only attention of these models."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ __all__ = ["AttentionMask", "attend", "split_heads"]
 class AttentionMask(nn.Module):
     """Turns the caller's ``attention_mask`` into what ``scaled_dot_product_attention`` takes.
 
-    A module without parameters rather than a function, so that llm-compressor's tracer takes it whole: whether a
-    batch has padding at all must be asked anew for each batch, not fixed by the first one.
+    A module without parameters rather than a function, so that llm-compressor's tracer doesn't enter it: whether a
+    batch has padding must be decided again for each batch, not fixed by the first one.
     """
 
     def forward(self, attention_mask: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -24,9 +24,9 @@ class AttentionMask(nn.Module):
         :param attention_mask: (B, T) with 0 for padding, or (B or 1, H or 1, T or 1, T) boolean (True may attend) or
             floating point (added to the scores), or None or ``"full"`` (which official Dream code passes) for no mask
         :param hidden_states: (B, T, d)
-        :return: boolean (B, 1, 1, T), True for keys that may be attended to, or the four-dimensional mask as it came,
-            or None where nothing is masked, which lets torch choose its fastest kernel
-        :raises UsageError: if the mask has another form
+        :return: boolean (B, 1, 1, T), True for keys that may be attended to, or the four-dimensional mask unchanged, or
+            None where nothing is masked, which lets torch choose its fastest kernel
+        :raises UsageError: if the mask has any other form
         """
         if attention_mask is None or (isinstance(attention_mask, str) and attention_mask == "full"):
             return None

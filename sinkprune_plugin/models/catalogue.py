@@ -1,6 +1,6 @@
-"""The one list of native models; whoever registers, serves or names them reads it.
+"""The one list of native models, for all code that registers, serves or names them.
 
-It holds names, and imports what they stand for only when asked: registration begins within ``import torch``, when no
+It holds names, and imports the objects only when asked: registration begins within ``import torch``, when no
 class can be imported yet.
 """
 
@@ -19,9 +19,9 @@ class NativeModel:
     :param family: name of its :class:`~sinkprune_plugin.diffusion.DiffusionFamily`
     :param config: place of the configuration, within this folder
     :param model: place of the class with the vocabulary projection, within this folder
-    :param architectures: names of the model's class in config.json; each stands for the same class
+    :param architectures: names of the model's class in config.json; all mean the same class
     :param vllm_model: place of the vLLM class, within the folder of vLLM models
-    :param tokenizer: place of the tokenizer within this folder, where transformers' own don't read the official files
+    :param tokenizer: place of the tokenizer within this folder, if those of transformers can't read the official files
     """
 
     model_type: str
@@ -41,7 +41,7 @@ class NativeModel:
         return _resolve(self.model)
 
     def tokenizer_class(self) -> Any:
-        """Import the tokenizer's class; None where transformers' own will do."""
+        """Import the tokenizer's class; None where transformers' own works."""
         return None if self.tokenizer is None else _resolve(self.tokenizer)
 
 

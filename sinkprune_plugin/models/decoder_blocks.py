@@ -1,4 +1,4 @@
-"""Where the decoder blocks of a model are, and the Linears in them: what pruning is about."""
+"""Where the decoder blocks of a model are, and the Linears in them, which are what is pruned."""
 
 import torch
 
@@ -25,8 +25,8 @@ def block_linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 def find_decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
     """Find the list of decoder blocks: the outermost ``ModuleList`` with as many entries as the config has layers.
 
-    The longest list isn't it in a model with 16 layers of 64 experts. Without a number in the config it is the longest
-    of the outermost lists whose entries are all of one class.
+    In a model with 16 layers of 64 experts the longest list would be the wrong one. Without a number in the config it
+    is the longest of the outermost lists whose entries are all of one class.
 
     :param model: any decoder-only transformer
     :return: name of the list, and the list

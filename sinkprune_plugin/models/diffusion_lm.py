@@ -20,8 +20,8 @@ class DiffusionLM(PreTrainedModel):
     """Base class of the native models.
 
     ``generate`` is refused: transformers' version writes tokens from left to right, which these models were not
-    trained for, and would do so without complaint. The checkpoint's ``generation_config.json`` is still carried along
-    when a model is loaded and saved, because engines read token ids and sampling defaults from it.
+    trained for, and would do so silently. The checkpoint's ``generation_config.json`` is still kept when a model is
+    loaded and saved, because engines read token ids and sampling defaults from it.
     """
 
     base_model_prefix = "model"
@@ -52,7 +52,7 @@ class DiffusionLM(PreTrainedModel):
         try:
             model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
         except OSError:
-            # There is none, which is a complete checkpoint all the same.
+            # There is none, and the checkpoint is complete without it.
             model.generation_config = None
         return loaded
 
@@ -67,7 +67,7 @@ class DiffusionLM(PreTrainedModel):
 class HiddenStates:
     """Collects the hidden states for ``output_hidden_states``.
 
-    An object instead of ``if`` statements in ``forward``, which llm-compressor's tracer would have to cut out.
+    An object instead of ``if`` statements in ``forward``, around which llm-compressor's tracer would have to work.
 
     :param wanted: the call's argument; None leaves it to ``default``
     :param default: the configuration's ``output_hidden_states``
@@ -126,7 +126,7 @@ def check_call(
 def lm_output(
     model: PreTrainedModel, logits: torch.Tensor, hidden_states: tuple[torch.Tensor, ...] | None, return_dict: Any
 ) -> Any:
-    """Put the result into the form that was asked for.
+    """Put the result into the requested form.
 
     :param model: the model, whose configuration gives the default form
     :param logits: (B, T, V)

@@ -1,5 +1,5 @@
-"""Numbers of a configuration: transformers takes over whatever config.json holds, and a network built from it fails far
-from there, or not at all."""
+"""Numbers of a configuration: transformers accepts whatever config.json holds, and a network built from it fails much
+later, or not at all."""
 
 import math
 from typing import Any

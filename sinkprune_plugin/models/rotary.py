@@ -9,10 +9,10 @@ __all__ = ["RotaryTables", "apply_rotary"]
 class RotaryTables(nn.Module):
     """cos and sin of position × frequency, frequency i = theta^(-2i / head_dim).
 
-    Computed anew in each forward pass: that costs T × head_dim once a pass, and a module without parameters and
-    buffers has nothing that loading through the meta device or casting the model to bfloat16 could spoil. It is a
-    module rather than a function so that llm-compressor's tracer, which stays out of modules that hold no decoder
-    block, takes it whole.
+    Computed again in each forward pass: that costs T × head_dim per pass, and a module without parameters and buffers
+    has nothing that loading through the meta device or casting the model to bfloat16 could corrupt. It is a module
+    rather than a function so that llm-compressor's tracer, which doesn't enter modules that hold no decoder block,
+    treats it as one operation.
 
     :param head_dim: width of one attention head, even
     :param theta: base of the frequencies

@@ -1,7 +1,8 @@
 """The plain sampler: LLaDA's semi-autoregressive denoising (arXiv 2502.09992, section 2.4 and appendix B.4) in torch.
 
-Needs nothing but a model, and is what engines are held to. ``none`` is the published algorithm; ``prefix`` and ``dual``
-are Fast-dLLM's approximations (arXiv 2505.22618, section 3.2), ``commit`` is for models trained block by block.
+It needs nothing but a model, and is the reference for engines. ``none`` is the published algorithm; ``prefix`` and
+``dual`` are Fast-dLLM's approximations (arXiv 2505.22618, section 3.2), ``commit`` is for models trained block by
+block.
 """
 
 import inspect
@@ -57,9 +58,9 @@ def denoise(
     progress: bool = False,
     return_trajectory: bool = False,
 ) -> DenoiseOutput:
-    """Generate by denoising a canvas of masks behind each prompt, block by block.
+    """Generate by denoising a canvas of masks after each prompt, block by block.
 
-    Prompts of one length share forward passes; the result of each is that of a call of its own, up to the rounding of
+    Prompts of one length share forward passes; the result of each is that of a separate call, up to the rounding of
     batched matrix products. Noise depends on the prompt's seed, the step and the position only.
 
     :param model: a diffusion LM as transformers class; it is run in evaluation mode
@@ -70,10 +71,11 @@ def denoise(
     :param cache: ``none``, ``prefix``, ``dual`` or ``commit``
     :param temperature: of the Gumbel noise; 0 is greedy
     :param remasking: ``low_confidence``, ``random``, ``margin`` or ``entropy``
-    :param threshold: unmask all positions surer than this instead of a fixed number; ``steps`` then has no effect
+    :param threshold: unmask all positions with higher confidence than this instead of a fixed number; ``steps`` then
+        has no effect
     :param cfg_scale: of classifier-free guidance; logits are u + (scale + 1) (c - u), u those without the prompt
     :param seed: one for all prompts, or one for each
-    :param top_k: sample among the likeliest only; 0 for all
+    :param top_k: sample among the most likely only; 0 for all
     :param top_p: sample within this probability only; 1 for all
     :param spec: family and mask token; default what the model's configuration says
     :param eos_token_ids: a prompt is done after the block with one of these; default none

@@ -1,4 +1,4 @@
-"""A batch of prompts of one length on their way through the plain sampler."""
+"""A batch of prompts of one length in the plain sampler."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ class DenoisingBatch:
     :param model: a diffusion LM
     :param prompts: (B, P) int64
     :param seeds: (B,) int64
-    :param options: of all prompts; its seed isn't looked at
+    :param options: of all prompts; its seed is ignored
     :param spec: the model's diffusion spec
     :param eos: end-of-sequence tokens, which end a row after the block they are in
     :param keep_trajectory: whether to fill :attr:`trajectories`
@@ -44,7 +44,7 @@ class DenoisingBatch:
         canvas = prompts.new_full((len(prompts), options.gen_length), spec.mask_token_id)
         self._tokens = torch.cat([prompts, canvas], dim=1)
         self._seeds = seeds
-        # Rows that go on; the others have had their end-of-sequence token.
+        # Rows that continue; the others have had their end-of-sequence token.
         self._active = torch.arange(len(prompts), device=prompts.device)
         self._cache = KeyValueCache(self._tokens.shape[1])
         self._keep_trajectory = keep_trajectory
@@ -56,7 +56,7 @@ class DenoisingBatch:
             self._commit(0, self._prompt_length)
 
     def denoise_block(self, number: int) -> None:
-        """Denoise one block of all rows that go on; blocks have to come in their order.
+        """Denoise one block of all rows that continue; blocks must come in order.
 
         :param number: of the block
         :raises UsageError: if the model's logits aren't finite
@@ -79,7 +79,7 @@ class DenoisingBatch:
             if self._keep_trajectory:
                 for row in self._active[masked.any(dim=1)].tolist():
                     self.trajectories[row].append(self._tokens[row, self._prompt_length :].clone())
-        # Before the commit, which makes anew what is kept of the rows that go on.
+        # Before the commit, which rebuilds what is kept of the rows that continue.
         self._retire(begin, end)
         if options.cache == "commit" and last < options.gen_length and len(self._active):
             self._commit(begin, end)
@@ -88,7 +88,7 @@ class DenoisingBatch:
         """What was generated.
 
         :param row: of the batch
-        :return: (n,) int64, cut behind the first end-of-sequence token
+        :return: (n,) int64, cut after the first end-of-sequence token
         """
         tokens = self._tokens[row, self._prompt_length :]
         ends = torch.isin(tokens, self._eos).nonzero()
@@ -116,7 +116,7 @@ class DenoisingBatch:
             mask_token_id=self._spec.mask_token_id,
             needs=Needs(options.temperature > 0, options.top_k > 0 or options.top_p < 1, (remasking,)),
         )
-        # The largest is NaN where any is; -inf alone is a model's way to exclude a token.
+        # The largest is NaN where any is; -inf alone is how a model excludes a token.
         if not bool(logits.amax(dim=-1).isfinite().all()):
             raise UsageError(
                 f"the logits of {type(self._model).__name__} hold NaN or Inf; check the weights, or run in float32"
@@ -170,7 +170,7 @@ class DenoisingBatch:
         return guided_logits(self._model, tokens, logits, self._prompt_length, mask, self._options.cfg_scale)
 
     def _retire(self, begin: int, end: int) -> None:
-        """Leave rows out of further blocks whose block holds an end-of-sequence token."""
+        """Skip the remaining blocks of rows whose block holds an end-of-sequence token."""
         going = ~torch.isin(self._tokens[self._active, begin:end], self._eos).any(dim=1)
         if bool(going.all()):
             return

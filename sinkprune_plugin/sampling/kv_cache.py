@@ -1,6 +1,6 @@
 """Keys and values kept between denoising steps, for any model that calls torch's scaled_dot_product_attention.
 
-By interception, like the capture of attention mass: the model's code is not touched and knows nothing of a cache.
+It works by interception, like the capture of attention mass: the model's code is unchanged and unaware of the cache.
 """
 
 from types import TracebackType
@@ -29,12 +29,12 @@ class KeyValueCache:
     def computing(self, begin: int, end: int, *, visible: int | None = None) -> "_Interception":
         """Context in which the model is called for positions [begin, end) only.
 
-        Attention then goes to the kept positions [0, begin), to the query's own [begin, end) and to the kept [end,
+        Attention then covers the kept positions [0, begin), to the query's own [begin, end) and to the kept [end,
         visible). What the query computes is kept.
 
         :param begin: first position of the input
-        :param end: position behind its last
-        :param visible: position behind the last that attention sees; None for ``end``
+        :param end: position after its last
+        :param visible: position after the last that attention sees; None for ``end``
         :return: the context
         """
         return _Interception(self, begin, end, end if visible is None else visible)

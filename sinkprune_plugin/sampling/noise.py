@@ -2,8 +2,8 @@
 
 Drawn from a generator, a request's noise would depend on its neighbours in the batch and on how the batch was cut. The
 hash is the finaliser of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014):
-once for each number of a row's key, each over the one before, then once over key and column, which makes a row a
-SplitMix64 stream of its own.
+once for each number of a row's key, each applied to the previous result, then once over key and column, which makes a
+row a SplitMix64 stream of its own.
 """
 
 import torch
@@ -14,12 +14,12 @@ __all__ = ["gumbel_argmax", "uniform_noise"]
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
 _SECOND = 0x94D049BB133111EB - (1 << 64)
-# Numbers of noise held at once, 8 bytes each and a few copies: 64 MiB a copy.
+# Numbers of noise held at once, 8 bytes each and a few copies: 64 MiB per copy.
 CHUNK = 1 << 23
 
 
 def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
-    # torch shifts arithmetically; the sign's copies have to go.
+    # torch shifts arithmetically; the copies of the sign bit must be cleared.
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -35,7 +35,7 @@ def uniform_noise(seed: torch.Tensor, step: torch.Tensor, position: torch.Tensor
     :param seed: (R,) int64
     :param step: (R,) int64
     :param position: (R,) int64
-    :param columns: numbers in a row
+    :param columns: numbers per row
     :return: (R, columns) float64, a function of each row's three numbers and the column only
     """
     key = _mix(seed + _GOLDEN)
@@ -55,7 +55,7 @@ def gumbel_argmax(
     That sampler takes the largest exp(logit) / (-log u)^temperature; its logarithm is taken here, which can't overflow.
 
     :param logits: (R, V) floating point; -inf excludes a token
-    :param temperature: (R,) float64; a row with 0 takes its largest logit, the first of equals
+    :param temperature: (R,) float64; a row with 0 takes its largest logit, on a tie the first
     :param seed: (R,) int64
     :param step: (R,) int64
     :param position: (R,) int64

@@ -41,7 +41,7 @@ class SamplingOptions:
     :param cache: ``none``, ``prefix``, ``dual`` or ``commit``
     :param temperature: of the Gumbel noise; 0 is greedy
     :param remasking: ``low_confidence``, ``random``, ``margin`` or ``entropy``
-    :param threshold: unmask all positions surer than this, instead of a fixed number in each step
+    :param threshold: unmask all positions with higher confidence than this, instead of a fixed number in each step
     :param cfg_scale: scale of classifier-free guidance; 0 is off
     :param seed: of the noise, 0 to 2^63 - 1
     :param top_k: 0 for all tokens
@@ -69,7 +69,7 @@ class SamplingOptions:
         )
 
     def steps_in_block(self, block: int) -> int:
-        """Denoising steps of a block: in proportion to its width, at least one, at most one a token.
+        """Denoising steps of a block: in proportion to its width, at least one, at most one per token.
 
         Rounding down where each block ends keeps both bounds by itself, as long as there are at least as many steps
         as blocks and at most as many as tokens. Equally wide blocks get equally many, as published.
@@ -81,7 +81,7 @@ class SamplingOptions:
         return end * self.steps // self.gen_length - begin * self.steps // self.gen_length
 
     def tokens_per_step(self, block: int) -> tuple[int, ...]:
-        """How many tokens each step of a block unmasks; the first steps take what doesn't divide.
+        """How many tokens each step of a block unmasks; the first steps take the remainder.
 
         :param block: its number
         :return: one number for each step, their sum being the block's width
@@ -114,7 +114,7 @@ class SamplingOptions:
         :param block_length: default 32, or the whole generation where that is shorter
         :param steps: default one for each token
         :param gen_length_given: whether the length is the user's own choice, which a block length must then divide
-        :param cache: this and what follows: see :class:`SamplingOptions`
+        :param cache: this and the following: see :class:`SamplingOptions`
         :return: the options
         :raises UsageError: naming the option by its ``dlm_`` name, its value and the remedy
         """
@@ -137,7 +137,7 @@ class SamplingOptions:
         steps = _whole("dlm_steps", gen_length if steps is None else steps, 1)
         if not blocks <= steps <= gen_length:
             raise UsageError(
-                f"dlm_steps {steps} is out of range; use {blocks} (one a block) to {gen_length} (one a token)"
+                f"dlm_steps {steps} is out of range; use {blocks} (one per block) to {gen_length} (one per token)"
             )
         if gen_length % block_length == 0 and steps % blocks:
             below = steps - steps % blocks
@@ -195,8 +195,8 @@ def _name(name: str, value: Any, known: tuple[str, ...]) -> str:
 
 
 def _shown(value: Any) -> str:
-    # What a client sent may be huge, or hold line breaks; a message is one short line. Python refuses to write out an
-    # int of more than 4300 digits.
+    # A client's value may be huge, or hold line breaks; a message is one short line. Python refuses to print an int of
+    # more than 4300 digits.
     if isinstance(value, int) and value.bit_length() > 1000:
         return f"of {value.bit_length()} bits"
     return " ".join(reprlib.repr(value).split())

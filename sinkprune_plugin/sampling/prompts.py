@@ -1,4 +1,4 @@
-"""Prompts of the plain sampler: the forms they may come in, and what is wrong with them."""
+"""Prompts of the plain sampler: the forms they may have, and the checks of their content."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,11 @@ __all__ = ["as_prompts", "as_seeds", "check_prompts"]
 
 
 def as_prompts(input_ids: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Take the prompts apart.
+    """Split the input into prompts.
 
     :param input_ids: (P,), (B, P), or a sequence of (P,), all int64
     :return: one (P,) int64 tensor for each prompt
-    :raises UsageError: if there is none, one is empty, or it is no row of int64
+    :raises UsageError: if there is none, one is empty, or one isn't a row of int64
     """
     if isinstance(input_ids, torch.Tensor):
         prompts = list(input_ids) if input_ids.dim() > 1 else [input_ids]
@@ -64,7 +64,7 @@ def check_prompts(prompts: Sequence[torch.Tensor], gen_length: int, spec: Diffus
         if len(masks):
             raise UsageError(
                 f"prompt {number} holds the mask token {spec.mask_token_id} at position {int(masks[0])}; only what "
-                "comes behind a prompt is filled in, so take it out"
+                "comes after a prompt is filled in, so take it out"
             )
 
 

@@ -1,4 +1,4 @@
-"""What each masked position would become, and how sure the model is of it."""
+"""The proposed token of each masked position, and the model's confidence in it."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ LOW_CONFIDENCE, RANDOM, MARGIN, ENTROPY = (
 class Needs:
     """What at least one row of a batch asks for; the rest needn't be computed. No row's result depends on it.
 
-    Rows say the same in their own tensors, but to look there would make the host wait for the device.
+    The rows' own tensors hold the same, but reading them would make the host wait for the device.
 
     :param noise: a temperature above 0
     :param filters: top_k or top_p
@@ -61,10 +61,10 @@ def propose(
     :param step: (R,) int64, number of the noise's step
     :param position: (R,) int64, absolute position in prompt and canvas
     :param mask_token_id: the mask token
-    :param needs: what the rows ask for, to save the rest
-    :return: (R,) int64 tokens and (R,) float64 confidence, higher is surer: the token's probability (low_confidence), a
-        random number, the difference of the two highest probabilities (margin) or the negative entropy (entropy), all
-        of the softmax without noise, temperature or filter
+    :param needs: what the rows ask for; the rest is skipped
+    :return: (R,) int64 tokens and (R,) float64 confidence, higher is more confident: the token's probability
+        (low_confidence), a random number, the difference of the two highest probabilities (margin) or the negative
+        entropy (entropy), all of the softmax without noise, temperature or filter
     """
     rows, vocabulary = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
@@ -89,12 +89,12 @@ def _confidence(
     where: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     remaskings: Collection[int],
 ) -> torch.Tensor:
-    # As the published sampler: in float32, probabilities near 1 would often be equal.
+    # As in the published sampler: in float32, probabilities near 1 would often be equal.
     probabilities = torch.softmax(logits.double(), dim=-1)
     confidence = probabilities.gather(1, tokens[:, None])[:, 0]
     if RANDOM in remaskings:
         seed, step, position = where
-        # Negative positions are nobody's, so this noise is none of that which tokens are drawn with.
+        # No token has a negative position, so this noise differs from the noise that tokens are drawn with.
         confidence = torch.where(remasking == RANDOM, uniform_noise(seed, step, ~position, 1)[:, 0], confidence)
     if MARGIN in remaskings:
         first, second = probabilities.topk(2, dim=-1).values.unbind(1)
@@ -106,14 +106,14 @@ def _confidence(
 
 
 def _filtered(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Exclude what is not among the top_k likeliest tokens, or not in the smallest set with probability top_p.
+    """Exclude tokens that aren't among the top_k most likely, or not in the smallest set with probability top_p.
 
-    Both look at the softmax of all tokens without temperature; of equally likely tokens the first go before.
+    Both use the softmax of all tokens without temperature; of equally likely tokens the first are preferred.
     """
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[1], device=logits.device)
     kept = (top_k[:, None] == 0) | (rank < top_k[:, None])
     probabilities = torch.softmax(ordered.double(), dim=-1)
-    # A token stays if those before it have less than top_p; so the likeliest always stays.
+    # A token stays if those before it sum to less than top_p, so the most likely one always stays.
     kept &= (top_p[:, None] >= 1) | (probabilities.cumsum(dim=-1) - probabilities < top_p[:, None])
     return torch.full_like(logits, -torch.inf).scatter(1, order, torch.where(kept, ordered, -torch.inf))

@@ -13,7 +13,7 @@ from sinkprune_plugin.sinks.attention_mass import report_attention
 
 __all__ = ["intercept_attention_interface"]
 
-# What these change in the scores is known to the kernel alone.
+# Only the kernel knows how these change the scores.
 _UNOBSERVABLE = ("softcap", "s_aux", "position_bias", "cu_seq_lens_q")
 
 
@@ -22,7 +22,7 @@ def intercept_attention_interface() -> Iterator[None]:
     """Make eager, flash and flex attention of transformers models visible to :func:`capture_attention_mass`.
 
     Each implementation in transformers' ``AttentionInterface`` is replaced, through its ``register``, by a wrapper
-    that reports queries, keys and mask and then runs the original; on leaving, the originals come back. SDPA needs
+    that reports queries, keys and mask and then runs the original; on leaving, the originals are restored. SDPA needs
     none of this. ::
 
         with intercept_attention_interface(), capture_attention_mass() as capture:
@@ -39,7 +39,7 @@ def intercept_attention_interface() -> Iterator[None]:
     }
     for name, function in originals.items():
         AttentionInterface.register(name, _observed(name, function))
-    # Eager attention is no entry of its own: the interface falls back on the function in the model's module, unless
+    # Eager attention has no entry of its own: the interface falls back to the function in the model's module, unless
     # something is registered under the name.
     if "eager" not in originals:
         AttentionInterface.register("eager", _observed("eager", _module_eager_attention))
@@ -80,7 +80,7 @@ def _module_eager_attention(module: torch.nn.Module, *args: Any, **kwargs: Any) 
     eager = getattr(source, "eager_attention_forward", None)
     if eager is None:
         raise UsageError(
-            f"{type(module).__name__} has no eager_attention_forward beside it that could be observed; load the model "
+            f"{type(module).__name__} has no eager_attention_forward next to it that could be observed; load the model "
             'with attn_implementation="sdpa"'
         )
     return eager(module, *args, **kwargs)
@@ -94,9 +94,9 @@ def _scores_mask(
     attention_mask: Any,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor | None, bool]:
-    """Say an implementation's mask in the terms of ``scaled_dot_product_attention``.
+    """Translate an implementation's mask into the arguments of ``scaled_dot_product_attention``.
 
-    :return: mask that broadcasts to (B, H, Tq, Tk) or None, and whether attention is causal besides
+    :return: mask that broadcasts to (B, H, Tq, Tk) or None, and whether attention is causal in addition
     """
     unobservable = [option for option in _UNOBSERVABLE if kwargs.get(option) is not None]
     # Eager attention has the window in its mask, the other kernels apply it themselves.
@@ -110,7 +110,7 @@ def _scores_mask(
             f"{name} attention of {type(module).__name__} uses {', '.join(unobservable)}, which can't be followed from "
             'outside; load the model with attn_implementation="sdpa"'
         )
-    # A four-dimensional mask says it all. Without one, eager and flex attention look in both directions.
+    # A four-dimensional mask is complete. Without one, eager and flex attention look in both directions.
     if name in ("eager", "flex_attention") or (attention_mask is not None and attention_mask.dim() == 4):
         return attention_mask, False
     is_causal = kwargs.get("is_causal")

@@ -1,4 +1,4 @@
-"""Capture of the attention mass of a running model, whatever its modelling code."""
+"""Capture of the attention mass of a running model, independent of its modelling code."""
 
 from collections.abc import Callable
 from types import TracebackType
@@ -60,7 +60,7 @@ class AttentionCapture(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """See every torch function call; torch takes this mode off for the time of the method."""
+        """Intercept every torch function call; torch disables this mode while the method runs."""
         del types
         kwargs = kwargs or {}
         # The model's own call first: if it is wrong, its own error is the one to show.
@@ -77,7 +77,7 @@ class AttentionCapture(TorchFunctionMode):
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> None:
-        """Stop capturing; without another error on its way, say so if there was nothing to capture."""
+        """Stop capturing; unless another error is being raised, raise one if nothing was captured."""
         super().__exit__(exc_type, exc_val, exc_tb)
         if exc_type is None and not self._intercepted:
             raise UsageError(_NOTHING_SEEN)
@@ -109,7 +109,8 @@ class AttentionCapture(TorchFunctionMode):
             block_size=self._block_size,
         )
         self._layers.append(layer)
-        # Not in place: what a hook has read stays as it was. Layers of a model spread over devices meet on the first.
+        # Not in place: what a hook has read stays unchanged. For a model spread over devices, sums are on the first
+        # one's device.
         self._mass = layer if self._mass is None else self._mass + layer.to(self._mass.device)
 
 
@@ -141,10 +142,10 @@ def report_attention(
     scale: float | None = None,
     attend: Callable[[], Any] | None = None,
 ) -> Any:
-    """Tell the captures around this call of an attention that doesn't go through torch's own function.
+    """Report an attention that doesn't go through torch's own function to the captures around this call.
 
-    For modelling code that computes its softmax by hand: one line beside it makes the model observable. Without a
-    capture around, nothing happens.
+    For modelling code that computes its softmax by hand: one added line makes the model observable. Without a capture
+    it does nothing.
 
     :param query: (B, H, Tq, D), after rotary embedding
     :param key: (B, Hkv, Tk, D)

@@ -1,4 +1,4 @@
-"""Column sums of attention probabilities, streamed over blocks of queries: no (T, T) tensor is ever made."""
+"""Column sums of attention probabilities, streamed over blocks of queries: no (T, T) tensor is ever allocated."""
 
 import torch
 
@@ -29,13 +29,13 @@ def attention_column_sums(
     softmax of a query needs its own row of scores only, so a block of queries with all of their keys is complete in
     itself: one pass over Q Kᵀ, extra memory O(H · T · block) at most.
 
-    Masks mean what they mean to ``scaled_dot_product_attention``. A query that may look at no key contributes nothing.
-    NaN in queries or keys that count is not hidden: it shows in the result.
+    Masks mean what they mean to ``scaled_dot_product_attention``. A query that may attend to no key contributes
+    nothing. NaN in queries or keys that count isn't hidden: it appears in the result.
 
     :param query: (B, H, Tq, D), after rotary embedding, any floating dtype
     :param key: (B, Hkv, Tk, D); H must be a multiple of Hkv (grouped-query attention)
-    :param attn_mask: broadcastable to (B, H, Tq, Tk): bool (True = may look) or additive. An additive value at or below
-        the least finite number of its dtype, which is how transformers writes "may not look", counts as -inf.
+    :param attn_mask: broadcastable to (B, H, Tq, Tk): bool (True = may attend) or additive. An additive value at or
+        below the least finite number of its dtype, which is how transformers writes "may not attend", counts as -inf.
     :param is_causal: query i sees keys 0 … i
     :param scale: factor on the scores; default 1/√D
     :param valid: (B, Tk) bool, False on padding: such keys leave the softmax, such queries are dropped. With fewer
@@ -48,7 +48,7 @@ def attention_column_sums(
     batch, heads, _, width = query.shape
     kv_heads = key.shape[1]
     batch_step, head_step, query_step = _steps(query, key, block_size)
-    # All of them as (B, Hkv, G, Tq, ...) with 1 where they broadcast, so that a block of one is a block of each.
+    # All of them as (B, Hkv, G, Tq, ...) with 1 where they broadcast, so that all of them can be sliced alike.
     queries = query.unflatten(1, (kv_heads, heads // kv_heads))
     mask = None if attn_mask is None else _by_group(attn_mask, heads, kv_heads)
     pieces = []
@@ -126,7 +126,7 @@ class _ColumnSums:
                 bias, keep = self._bias(heads, block, triangle)
             part = self._float_queries(heads, block)
             count = part.shape[3]
-            # Later keys are out of sight of every query of a causal block.
+            # Later keys are invisible to every query of a causal block.
             seen = min(q + count, self.num_keys) if self.is_causal else self.num_keys
             shape = (*part.shape[:4], seen)
             products = batch * part.shape[1]
@@ -140,7 +140,7 @@ class _ColumnSums:
                 alpha=self.scale,
                 out=scores,
             )
-            # Added and not filled in: the same result, ten times as fast on CPU.
+            # Added instead of filled in: the same result, ten times as fast on CPU.
             if bias is not None:
                 scores.view(shape).add_(bias)
             elif triangle is not None:
@@ -149,15 +149,15 @@ class _ColumnSums:
             weights = torch.ones(batch, 1, shape[1] * groups * count, dtype=torch.float32, device=device)
             if keep is not None:
                 weights = keep.expand(shape[:4]).reshape(batch, 1, -1).to(torch.float32)
-            # A block's own sum first: its small numbers would lose digits one by one against the total.
+            # A block's own sum first: its small numbers would lose digits if each were added to the total.
             mass[..., :seen] += torch.bmm(weights, probabilities.view(batch, -1, seen))
         return mass.squeeze(1)
 
     def _float_keys(self, heads: slice) -> torch.Tensor:
         # Float32 whatever the model's dtype: a sum over T queries of numbers near 1/T loses all digits in bfloat16.
-        # Converted a block at a time, so that there is no float32 copy of the whole tensor.
+        # Converted one block at a time, so that there is no float32 copy of the whole tensor.
         keys = self.keys[:, heads].to(torch.float32)
-        # Activations of padding may be NaN in the model, and rightly don't matter.
+        # Activations of padding may be NaN in the model, and must not matter.
         return keys if self.valid is None else keys.masked_fill(~self.valid[:, None, :, None], 0.0)
 
     def _float_queries(self, heads: slice, block: slice) -> torch.Tensor:
@@ -184,7 +184,7 @@ class _ColumnSums:
             if mask.dtype == torch.bool:
                 bias = bias.masked_fill(~mask, -torch.inf)
             else:
-                # Comparison with NaN is false, so that NaN stays and shows.
+                # Comparison with NaN is false, so NaN remains visible in the result.
                 barred = mask <= torch.finfo(mask.dtype).min
                 bias = mask.to(torch.float32).masked_fill(barred, -torch.inf).expand(*mask.shape[:4], seen)
         if self.valid is not None:
@@ -203,7 +203,7 @@ class _ColumnSums:
 
 
 def _cut(tensor: torch.Tensor, where: tuple[slice, ...]) -> torch.Tensor:
-    """Take a block of a tensor, all of it along dimensions that broadcast."""
+    """Slice a block of a tensor; dimensions that broadcast are taken whole."""
     return tensor[tuple(slice(None) if size == 1 else at for size, at in zip(tensor.shape, where, strict=True))]
 
 

@@ -39,7 +39,7 @@ def soft_sink_mask(
     """How much of a sink each position is: sigmoid(``sink_alpha`` · (mass − threshold)).
 
     Source: as :func:`sink_threshold`. Masses are large (they add up to layers · heads · T), so nearly every value is 0
-    or 1. NaN in the mass shows in the mask.
+    or 1. NaN in the mass appears in the mask.
 
     :param mass: (..., T) attention mass
     :param sink_std: see :func:`sink_threshold`
@@ -57,9 +57,9 @@ def soft_sink_mask(
 
 
 def transient_sink_mask(masks: torch.Tensor, sink_persistence: float = 0.5) -> torch.Tensor:
-    """Keep transient sinks only: a position that is a sink at most timesteps is taken out of the mask.
+    """Keep transient sinks only: a position that is a sink at most timesteps is removed from the mask.
 
-    The abstract of arXiv 2602.17664 speaks of *unstable* sinks. Persistence is the mean of a position's soft mask over
+    The abstract of arXiv 2602.17664 calls them *unstable* sinks. Persistence is the mean of a position's soft mask over
     the sampled timesteps; at ``sink_persistence`` or above the position counts as stable.
 
     :param masks: (S, T) or (B, S, T) soft masks at S timesteps

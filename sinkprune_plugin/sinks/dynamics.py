@@ -1,4 +1,4 @@
-"""How sinks move over the steps: the numbers behind the claim that a diffusion LM's sinks are transient."""
+"""How sinks move over the steps: the evidence for the claim that a diffusion LM's sinks are transient."""
 
 from dataclasses import dataclass
 
@@ -16,14 +16,14 @@ _IS_SINK = 0.5
 class SinkDynamics:
     """Movement and weight of the sinks over S steps, averaged over N samples.
 
-    :param sinks_per_timestep: (S,) mean number of sinks of a sample
+    :param sinks_per_timestep: (S,) mean number of sinks per sample
     :param sink_mass_share: (S,) mean share of the attention mass that the sinks receive, in [0, 1]
     :param dominant_mass_share: (S,) mean share of the attention mass that the strongest position receives
     :param dominant_positions: (N, S) index of the strongest position
     :param dominant_variance: variance over the steps of the strongest position divided by T², mean over the samples;
         0 for a sink that never moves, 1/12 = 0.083 for one that jumps uniformly over the sequence
     :param dominant_moves: share of pairs of neighbouring steps between which the strongest position changes
-    :param sinks_ever: mean number of positions of a sample that are a sink at one step at least
+    :param sinks_ever: mean number of positions per sample that are a sink in at least one step
     :param persistence: mean over those positions of the mean over the steps of their soft mask, in [0, 1]
     :param transient_share: share of those positions whose persistence is below ``sink_persistence``
     """

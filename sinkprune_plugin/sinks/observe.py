@@ -34,10 +34,10 @@ _TOKENS_PER_PASS = 2048
 
 @dataclass(frozen=True)
 class SinkSettings:
-    """What a measurement of sinks depends on, besides model and text.
+    """What a measurement of sinks depends on, in addition to model and text.
 
     :param diffusion_steps: S, steps of the grid
-    :param sample_interval: every which step is visited
+    :param sample_interval: every k-th step is visited
     :param noise_eps: floor of the mask probability
     :param sink_std: standard deviations above the mean at which a position is a sink
     :param sink_alpha: steepness of the soft mask, per unit of attention mass
@@ -59,7 +59,7 @@ class SinkObservation:
     """Attention mass and sinks of N text windows at S steps.
 
     :param axis: what a step is: ``timestep``, a corruption level of a diffusion LM, or ``prefix``, a share of the
-        window for a model that is no known diffusion LM
+        window for a model that isn't a known diffusion LM
     :param steps: (S,) timesteps, or shares of the window, ascending in (0, 1]
     :param lengths: (S,) tokens that the model saw: T for timesteps, the prefix's length otherwise
     :param mass: (N, S, T) float32 on CPU, 0 beyond a prefix
@@ -101,8 +101,8 @@ def observe_sinks(
 
     A diffusion LM sees each window corrupted to the timesteps of its grid. An autoregressive model knows no timesteps:
     what grows there step by step is the context, so it sees the first t · T tokens of each window. In both cases the
-    question is whether the sinks stay where they are while generation goes on. Mind that in a causal model an early
-    position is seen by more queries, so that it has more mass by that alone.
+    question is whether the sinks stay where they are while generation goes on. Note that in a causal model more queries
+    see an early position, which alone gives it more mass.
 
     :param model: transformers model
     :param windows: (N, T) int64 token ids without padding

@@ -10,7 +10,7 @@ from sinkprune_plugin.sinks.observe import SinkObservation
 
 __all__ = ["plot_sinks"]
 
-# More columns than this fall below a pixel, and a sink is one column wide.
+# With more columns than this, one is narrower than a pixel, and a sink is one column wide.
 _MAXIMUM_COLUMNS = 512
 _DOTS_PER_INCH = 130
 _COLOR_TICKS = (0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)

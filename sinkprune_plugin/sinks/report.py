@@ -60,7 +60,7 @@ def sink_report(
     """Measure where the sinks of a model are at every step and write the numbers and a plot.
 
     The model is a diffusion LM if its ``model_type`` belongs to a known family, or if a spec is passed; any other is
-    taken for autoregressive and measured over growing prefixes, see :func:`observe_sinks`.
+    treated as autoregressive and measured over growing prefixes, see :func:`observe_sinks`.
 
     :param model: transformers model
     :param tokenizer_or_spec: its tokenizer (for the mask token), or a :class:`DiffusionSpec`, or None
@@ -94,7 +94,7 @@ def sink_report(
 
 
 def print_sink_report(report: SinkReport, console: "Console") -> None:
-    """Print a table with a row a step, and the movement of the dominant sink below it.
+    """Print a table with one row per step, and the movement of the dominant sink below it.
 
     :param report: finished measurement
     :param console: where to print
@@ -161,7 +161,7 @@ def _as_json(report: SinkReport, model_type: str | None) -> dict[str, Any]:
 def _step_as_json(report: SinkReport, index: int) -> dict[str, Any]:
     observation, dynamics = report.observation, report.dynamics
     return {
-        # A timestep in (0, 1], or the share of the window that the prefix is.
+        # A timestep in (0, 1], or the prefix's share of the window.
         "step": observation.steps[index],
         "tokens": observation.lengths[index],
         "sinks": dynamics.sinks_per_timestep[index],
@@ -176,6 +176,6 @@ def _positions(masks: torch.Tensor) -> Sequence[Sequence[int]]:
     """Positions of the sinks in each window.
 
     :param masks: (N, T) soft masks
-    :return: one list a window
+    :return: one list per window
     """
     return [row.nonzero().flatten().tolist() for row in masks > 0.5]

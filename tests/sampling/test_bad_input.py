@@ -59,7 +59,7 @@ GOOD = ids(5, 6, 7)
         ),
         (
             ids(5, MASK, 6),
-            "prompt 0 holds the mask token 2 at position 1; only what comes behind a prompt is filled in, "
+            "prompt 0 holds the mask token 2 at position 1; only what comes after a prompt is filled in, "
             "so take it out",
         ),
         (

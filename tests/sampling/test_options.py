@@ -46,8 +46,8 @@ def parse_message(**options):
             "dlm_block_length 24 doesn't divide dlm_gen_length 64; use a divisor, or leave dlm_gen_length out for a "
             "shorter last block",
         ),
-        ({"steps": 1}, "dlm_steps 1 is out of range; use 2 (one a block) to 64 (one a token)"),
-        ({"steps": 65}, "dlm_steps 65 is out of range; use 2 (one a block) to 64 (one a token)"),
+        ({"steps": 1}, "dlm_steps 1 is out of range; use 2 (one per block) to 64 (one per token)"),
+        ({"steps": 65}, "dlm_steps 65 is out of range; use 2 (one per block) to 64 (one per token)"),
         ({"steps": 9}, "dlm_steps 9 isn't a multiple of the 2 blocks; use 8 or 10"),
         ({"steps": "8"}, "dlm_steps '8' isn't a whole number; use one from 1 to 2147483647"),
         ({"steps": 10**5000}, "dlm_steps of 16610 bits is out of range; use a whole number from 1 to 2147483647"),

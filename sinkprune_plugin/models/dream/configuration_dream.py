@@ -14,7 +14,7 @@ __all__ = ["DreamConfig"]
 class DreamConfig(PreTrainedConfig):
     """Configuration of Dream 7B and models with its architecture.
 
-    Defaults are those of Dream-v0 7B, save that ``num_key_value_heads`` follows from ``num_attention_heads``.
+    Defaults are those of Dream-v0 7B, except that ``num_key_value_heads`` follows from ``num_attention_heads``.
 
     :param vocab_size: rows of the embedding table and of the vocabulary projection
     :param hidden_size: width of the hidden states
@@ -62,9 +62,9 @@ class DreamConfig(PreTrainedConfig):
     use_cache: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Take over keys that are no fields; see ``PreTrainedConfig``."""
+        """Take over keys that aren't fields; see ``PreTrainedConfig``."""
         register_imported()
-        # How transformers 5 itself writes both rotary keys, in files that it converted.
+        # transformers 5 writes both rotary keys like this in files that it converted.
         parameters = kwargs.pop("rope_parameters", None)
         if parameters is not None:
             self.rope_theta = parameters.get("rope_theta", self.rope_theta)

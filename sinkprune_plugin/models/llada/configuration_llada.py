@@ -11,7 +11,7 @@ from sinkprune_plugin.models.number_checks import check_numbers
 __all__ = ["LLaDAConfig", "MMaDAConfig"]
 
 # Options of the official configuration that change the computation, and the values that the native class computes.
-# Everything else is refused when a model is built: a checkpoint must never run with another formula than its own.
+# Everything else is refused when a model is built: a checkpoint must never run with a formula other than its own.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "block_type": ("llama",),
     "block_group_size": (1,),
@@ -30,7 +30,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
 class LLaDAConfig(PreTrainedConfig):
     """Configuration of LLaDA, LLaDA-1.5 and models with their architecture.
 
-    Defaults are those of LLaDA-8B, save that sizes which can follow from others do so. Keys not listed here (such as
+    Defaults are those of LLaDA-8B, except that sizes that can be derived from others are. Keys not listed here (such as
     MMaDA's codebook sizes) are kept as they are.
 
     :param vocab_size: tokens that the tokenizer knows
@@ -59,7 +59,7 @@ class LLaDAConfig(PreTrainedConfig):
 
     model_type = "llada"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    # The names that transformers, llm-compressor and vLLM ask for.
+    # The names that transformers, llm-compressor and vLLM use.
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
         "num_hidden_layers": "n_layers",
@@ -113,7 +113,7 @@ class LLaDAConfig(PreTrainedConfig):
     use_cache: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Take over keys that are no fields; see ``PreTrainedConfig``."""
+        """Take over keys that aren't fields; see ``PreTrainedConfig``."""
         register_imported()
         super().__post_init__(**kwargs)
 

@@ -1,7 +1,7 @@
 """LLaDA (arXiv 2502.09992) as native transformers classes: a Llama-like network that attends in both directions.
 
 Names of modules are names of tensors in the official checkpoints: ``model.transformer.wte``,
-``model.transformer.blocks.N.q_proj``, … The vocabulary projection ``model.transformer.ff_out`` lies beside the blocks.
+``model.transformer.blocks.N.q_proj``, … The vocabulary projection ``model.transformer.ff_out`` is next to the blocks.
 """
 
 from typing import Any
