@@ -8,9 +8,9 @@ sparsity.
 - *stock Wanda*: llm-compressor's WandaPruningModifier through the same oneshot(), on as many clean windows as ours has
   (sample, timestep) pairs, so that the number of forward tokens is the same.
 
-The three run in turn, several rounds; the table gives medians, the ratios are medians of the ratios round by round.
+The three take turns over several rounds; the table gives medians, the ratios are medians of the ratios round by round.
 Model
-construction and data are outside the timing. Memory is what torch's allocator hands out beyond its level at the start.
+construction and data are outside the timing. Memory is what torch's allocator hands out above its level at the start.
 """
 
 import argparse
@@ -146,7 +146,7 @@ def capture_memory(model: Any, windows: torch.Tensor) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of the three runs in turn (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the three runs (default 3)")
     parser.add_argument("--windows", type=int, default=1, help="calibration windows, 4 timesteps each (default 1)")
     options = parser.parse_args()
     logger.remove()
@@ -176,7 +176,7 @@ def main() -> None:
                 started = time.perf_counter()
                 method(model, windows)
                 seconds[name].append(time.perf_counter() - started)
-    # The first round warms caches, thread pools and imports up.
+    # The first round warms up caches, thread pools and imports.
     seconds = {name: values[1:] for name, values in seconds.items()}
 
     memory = capture_memory(LLaDAModelLM(config).eval(), windows)

@@ -1,4 +1,4 @@
-"""Sparse checkpoints: size of a weight, speed against compressed-tensors 0.14.0, memory of converting.
+"""Sparse checkpoints: size of a weight, speed compared with compressed-tensors 0.14.0, memory of a conversion.
 
 - *size*: bytes of all parts of a 4096 × 12288 bfloat16 weight over its dense bytes, for 2:4 and for random zeros.
 - *speed*: compressing and decompressing that weight on one core, ours and compressed-tensors' own code in turn in one
@@ -6,8 +6,8 @@
   the same bits is checked outside the timing. compressed-tensors 0.14.0, the last release that could, is installed
   without its dependencies into a directory of its own.
 - *share of the copy bandwidth*: the dense weight and its parts, once each, over the time taken, against the bytes read
-  and written by a copy of the weight. The first copy goes to memory in use, the second to memory the system has yet to
-  hand out, which both formats write to as well.
+  and written by a copy of the weight. The first copy goes to memory in use, the second to memory that the system hasn't
+  handed out yet, to which both formats write too.
 - *memory*: largest resident memory of a process that converts a checkpoint of 4 GB in files of 1 GB, torch included;
   Linux only.
 - *digests*: the SHA-256 of all files that a conversion wrote, once more. It is a part of the conversion to a sparse
@@ -56,7 +56,7 @@ def pruned_weight(kind: str) -> torch.Tensor:
 
 
 def sizes() -> dict[str, dict[str, float]]:
-    """Ratio to the dense size, and the limit it has to keep."""
+    """Ratio to the dense size, and the limit it must keep."""
     rows = {}
     for kind, codec, limit in (
         ("2:4", bitmask24, 0.5626),
@@ -76,7 +76,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def speed(rounds: int) -> dict[str, Any]:
-    """Both codes in turn; runs where compressed-tensors 0.14.0 comes first on the path."""
+    """Both implementations in turn; runs where compressed-tensors 0.14.0 comes first on the path."""
     import compressed_tensors
     from compressed_tensors.compressors.base import BaseCompressor
     from compressed_tensors.config import SparsityCompressionConfig
@@ -164,7 +164,7 @@ def convert(source: Path, target: Path, to: str) -> dict[str, float]:
 
 
 def in_process(*arguments: object, path: str = "") -> Any:
-    """Run a part of this script in a process of its own.
+    """Run a part of this script in a separate process.
 
     :return: what its last line of output says
     """
@@ -176,7 +176,7 @@ def in_process(*arguments: object, path: str = "") -> Any:
 
 
 def memory(scratch: Path, gigabytes: int) -> dict[str, dict[str, float]]:
-    """Convert a large checkpoint along the routes, each in a process of its own."""
+    """Convert a large checkpoint between the formats, each conversion in a separate process."""
     write_synthetic(scratch / "dense", gigabytes)
     rows = {}
     for source, to in ROUTES:

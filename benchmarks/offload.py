@@ -1,4 +1,4 @@
-"""Pruning an offloaded model: bytes of weights brought in, and time for each forward token, against llm-compressor.
+"""Pruning an offloaded model: bytes of weights onloaded, and time per forward token, compared with llm-compressor.
 
 Workload: a random LLaDA of about 500 million parameters (16 blocks, d_model 1536, MLP 4096, float32), whose weights are
 offloaded to main memory as llm-compressor's pipelines do it, windows of 256 random tokens, 50 % sparsity.
@@ -10,7 +10,7 @@ offloaded to main memory as llm-compressor's pipelines do it, windows of 256 ran
 - *before*: our modifier in another checkout of this repository, given with ``--before DIRECTORY``; as many windows as
   ours.
 
-Each run has a process of its own; they take turns over several rounds. Bytes are counted where compressed-tensors
+Each run is a separate process; they take turns over several rounds. Bytes are counted where compressed-tensors
 brings a weight to the device (without an accelerator it stays where it is, so the time has no transfer in it). The
 ratios are medians of the ratios round by round.
 """
@@ -51,7 +51,7 @@ def run_cell(method: str, directory: str, windows: int) -> dict[str, float]:
     :param method: ``ours`` or ``stock``
     :param directory: the model
     :param windows: calibration windows of ours
-    :return: seconds, bytes brought in, bytes of the model's blocks
+    :return: seconds, bytes onloaded, bytes of the model's blocks
     """
     from compressed_tensors.offload.cache import CPUCache
     from loguru import logger
@@ -87,7 +87,7 @@ def run_cell(method: str, directory: str, windows: int) -> dict[str, float]:
 
 
 def run_in_process(method: str, directory: str, windows: int, checkout: Path | None) -> dict[str, float]:
-    """Run a cell in a process of its own, with the package of a checkout."""
+    """Run a cell in a separate process, with the package of a checkout."""
     command = [sys.executable, __file__, "--cell", method, "--model", directory, "--windows", str(windows)]
     root = checkout or Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root.resolve())}
@@ -99,7 +99,7 @@ def run_in_process(method: str, directory: str, windows: int, checkout: Path | N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="rounds of the runs in turn (default 2)")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds of the runs (default 2)")
     parser.add_argument("--windows", type=int, default=4, help="calibration windows of ours (default 4)")
     parser.add_argument("--blocks", type=int, default=BLOCKS, help=f"decoder blocks (default {BLOCKS})")
     parser.add_argument("--before", type=Path, help="a checkout of another version to compare with")

@@ -136,7 +136,7 @@ def count(model: torch.nn.Module, method: str, estimate: RunEstimate, tokens: in
             "column updates": sum(t.module.out_features * t.module.in_features**2 for t in targets),
             "kernels of the column loop": sum(6 * t.module.in_features for t in targets),
             "Hessians on the card": hessians,
-            # The Hessian's factor and its inverse, and the weight in float32 beside it.
+            # The Hessian's factor and its inverse, in addition to the weight in float32.
             "solver on the card": 3 * 4 * widest * widest + 8 * width * widest,
         }
     # Inputs, gate and up in bfloat16, attention in and out, float32 rows of a Hessian or of squares.
@@ -151,7 +151,7 @@ def seconds(counted: dict[str, float], card: Card, *, offloaded: bool) -> dict[s
         "Hessians": counted.get("Hessian operations", 0.0) / card.tf32,
         "solver": (counted.get("factorisation operations", 0.0) + counted.get("column updates", 0.0)) / card.single
         + counted.get("kernels of the column loop", 0.0) / card.launches,
-        "bus (beside the forward passes)": (
+        "bus (parallel to the forward passes)": (
             counted["hidden states moved"] + (counted["weights moved"] if offloaded else 0.0)
         )
         / card.bus,
@@ -193,7 +193,7 @@ def main() -> None:
     for row in next(iter(times.values())):
         table.add_row(row, *(f"{times[name][row]:,.0f} s" for name in CARDS))
     totals = {
-        name: max(t["forward passes"] + t["Hessians"], t["bus (beside the forward passes)"]) + t["solver"]
+        name: max(t["forward passes"] + t["Hessians"], t["bus (parallel to the forward passes)"]) + t["solver"]
         for name, t in times.items()
     }
     table.add_row("whole run, offloaded", *(f"{totals[name] / 60:,.0f} min" for name in CARDS))

@@ -1,4 +1,4 @@
-"""Tokens a second of the vLLM adapter against a plain torch loop of the published sampler.
+"""Tokens per second of the vLLM adapter, compared with a plain torch loop of the published sampler.
 
 Same weights, same prompts, same machine, one run, sides taking turns. Prints a table, ends in one JSON line. On a GPU
 it also serves the model pruned 2:4, from a sparse checkpoint, against the same weights dense.
@@ -78,7 +78,7 @@ def plain_loop(
         for _ in range(steps // blocks):
             masked = x == mask_token_id
             logits = model(input_ids=x).logits
-            # The adapter excludes the mask token; a random model predicts it now and then.
+            # The adapter excludes the mask token; a random model sometimes predicts it.
             logits[..., mask_token_id] = -torch.inf
             proposed = logits.argmax(dim=-1)
             sure = torch.softmax(logits, dim=-1).gather(-1, proposed[..., None])[..., 0]
@@ -90,7 +90,7 @@ def plain_loop(
 
 
 class ForwardClock:
-    """Adds up the time in a model's forward and in its logits, to tell what the adapter adds.
+    """Sums the time in a model's forward and in its logits, to show the adapter's overhead.
 
     :param model: the engine's model
     """
@@ -277,7 +277,7 @@ def main() -> None:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    table = Table(title="tokens a second; ratio to the plain loop", title_justify="left")
+    table = Table(title="tokens per second; ratio to the plain loop", title_justify="left")
     for heading in ("model", "batch", "side", "tokens/s", "ratio", "spread", "overhead ms/step", "share"):
         table.add_column(heading, justify="left" if heading in ("model", "side") else "right")
     for row in rows:

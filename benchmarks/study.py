@@ -1,8 +1,8 @@
 """The study behind docs/study.md: methods × sparsity patterns × seeds on tiny-llada, evaluated in pairs.
 
-Each finished cell is one JSON line; a run that is started again skips what is there. `--report` makes
+Each finished cell is one JSON line; a run that is started again skips finished cells. `--report` makes
 docs/study-results.json, the figure and the tables in docs/study.md; without `--results` it takes the numbers from the
-committed docs/study-results.json, so that the page can be made again without a run.
+committed docs/study-results.json, so that the page can be regenerated without a run.
 
     python benchmarks/study.py --results study.jsonl            # an hour and a half on one core
     python benchmarks/study.py --results study.jsonl --report
@@ -121,7 +121,7 @@ def finished(results: Path) -> Iterator[dict[str, Any]]:
 
 
 def run(results: Path, limit: int | None = None) -> None:
-    """Do what is not done yet.
+    """Run the cells that aren't done yet.
 
     :param results: JSON lines, appended to
     :param limit: number of cells at most

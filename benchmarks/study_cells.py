@@ -81,7 +81,7 @@ def methods() -> dict[str, Maker | None]:
 
 
 def controls() -> dict[str, Maker]:
-    """Method → its modifier, for comparisons in which one thing alone changes.
+    """Method → its modifier, for comparisons in which only one thing changes.
 
     Stock and sink-aware methods differ in more than inputs and mask: stock Wanda propagates, and stock SparseGPT is
     another implementation. Weighted timesteps need sums of squares, where the published statistic sums norms.
@@ -96,7 +96,7 @@ def controls() -> dict[str, Maker]:
     }
 
 
-# Sweep → values of its one factor beside the grid's (16, 5 and 2). Windows change the data, the others a field.
+# Sweep → values of its one factor in addition to the grid's (16, 5 and 2). Windows change the data, the others a field.
 SWEEPS: dict[str, tuple[Any, ...]] = {
     "windows": (4, 64),
     "sample_interval": (25, 10),

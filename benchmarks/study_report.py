@@ -16,7 +16,7 @@ __all__ = ["COMPARISONS", "DOCS", "Runs", "committed_records", "load_runs", "tab
 DOCS = Path(__file__).parent.parent / "docs"
 DIGITS = 6  # of a window's loss in the committed results
 
-# What is compared → method before, method after. One thing alone changes, or the label says what else does.
+# What is compared → method before, method after. Only one thing changes, or the label says what else does.
 COMPARISONS = {
     "Wanda": {
         "corrupted inputs alone (both propagated)": ("Wanda", "Wanda, corrupted, no mask, propagated"),
@@ -132,7 +132,7 @@ def _grid_table(runs: Runs, records: Sequence[Mapping[str, Any]]) -> str:
             change = "" if method == stock else f" ({show(paired_difference(runs['grid', stock, pattern, ''], run))})"
             row.append(f"{perplexity(run):.1f}{change}")
         times = [seconds[cell.key] for cell in cells() if cell.group == "grid" and cell.method == method]
-        # The least: other work on the machine only ever adds.
+        # The minimum: other work on the machine only adds time.
         rows.append([*row, f"{min(times):.1f}"])
     return _table(["method", *PATTERNS, "seconds"], rows)
 
@@ -181,7 +181,7 @@ def write_report(records: Sequence[Mapping[str, Any]], docs: Path) -> None:
 
 
 def _compact(records: Sequence[Mapping[str, Any]]) -> str:
-    """One line a cell: small, and a change shows in a diff as the cells that changed."""
+    """One line per cell: small, and a diff shows exactly the cells that changed."""
     by_key = {str(record["key"]): record for record in records}
     means: dict[str, Any] = {}
     for (group, method, pattern, value), run in load_runs(records).items():

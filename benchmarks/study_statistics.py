@@ -26,7 +26,7 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out zero and no seed says the opposite.
+        """Whether the interval excludes zero and no seed has the opposite sign.
 
         The interval is one over texts. With three seeds it can't be one over seeds too, so they have to agree.
         """
@@ -45,7 +45,7 @@ class Difference:
 
 
 def paired_difference(first: Sequence[Windows], second: Sequence[Windows]) -> Difference:
-    """Difference of two methods, second less first, clustered by window.
+    """Difference of two methods, second minus first, clustered by window.
 
     The seeds of one window share its text and the noise of its evaluation, so they aren't independent: their
     differences are averaged first, and the interval is Student's over the windows.

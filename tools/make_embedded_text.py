@@ -2,9 +2,9 @@
 
     python tools/make_embedded_text.py FOLDER [--output sinkprune_plugin/assets]
 
-FOLDER holds sotu_train.jsonl and sotu_test.jsonl, one object a line with year, president and text. From speeches spread
-evenly over the years, one passage each is taken: whole sentences from the middle of the speech, since the openings
-are much alike. The result depends on the input alone.
+FOLDER holds sotu_train.jsonl and sotu_test.jsonl, one object per line with year, president and text. From speeches
+spread evenly over the years, one passage each is taken: whole sentences from the middle of the speech, since the
+openings are much the same. The result depends on the input alone.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def passage(text: str, length: int) -> str:
         return text.strip()
     window = text[(len(text) - length) // 2 :][:length]
     ends = [match.end() for match in SENTENCE_END.finditer(window)]
-    # A text without sentences is cut hard.
+    # A text without sentences is cut at the exact length.
     return window[ends[0] : ends[-1]].strip() if len(ends) > 1 else window.strip()
 
 

@@ -5,7 +5,7 @@
 TRAIN_TEXT is a .txt or .jsonl file. With the defaults (25 M tokens, 3.4 M parameters) this takes some two hours
 on one CPU core and gives a model like sinkprune_plugin/assets/tiny-llada. The state is saved every
 --checkpoint-every steps, and the same command resumes from there, with the same weights in the end as if it had never
-been interrupted; --stop-after does a part of the work on purpose.
+been interrupted; --stop-after deliberately does only a part of the work.
 
 What makes training work at this size: fan-in initialisation of the projections (with LLaDA's constant 0.02 the loss
 stays on the unigram plateau for thousands of steps), the unweighted cross-entropy over corrupted tokens instead of the
@@ -44,7 +44,7 @@ NOISE_EPS = 1e-3
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that determines the weights; a resumed run must agree in all of it."""
+    """Everything that determines the weights; a resumed run must agree on all of it."""
 
     steps: int = 3000
     batch_size: int = 32
@@ -62,7 +62,7 @@ class Settings:
 
 HELP = {
     "steps": "optimiser steps of the whole run",
-    "batch_size": "sequences in a step",
+    "batch_size": "sequences per step",
     "seq_len": "tokens in a sequence, also the model's maximum",
     "width": "d_model",
     "layers": "decoder blocks",
@@ -71,7 +71,7 @@ HELP = {
     "vocab_size": "byte-level BPE vocabulary, special tokens included; at least 259",
     "learning_rate": "peak of the cosine",
     "warmup": "steps of linear warm-up",
-    "weight_decay": "AdamW's, on matrices only",
+    "weight_decay": "weight decay of AdamW, on matrices only",
     "seed": "of the weights, the batches and the noise",
 }
 
@@ -326,7 +326,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; 0 is good, 2 is wrong use."""
+    """Entry point; returns 0 on success, 2 on wrong input."""
     args, settings = parse(arguments)
     try:
         run(args, settings)

@@ -39,9 +39,9 @@ class AnswerWriter:
         self._spec, self._max_length, self._model = spec, max_length, model
 
     def check(self, wanted: AnswerRequest) -> None:
-        """Refuse what can't be written.
+        """Refuse answers that can't be written.
 
-        :param wanted: the answer's length and how it is drawn
+        :param wanted: the answer's length and how it is sampled
         :raises UsageError: naming the option
         """
         sampling_options(
@@ -76,12 +76,12 @@ class AnswerWriter:
         """Answer prompts.
 
         :param prompts: token ids
-        :param wanted: the answers' length, ends, and how they are drawn
+        :param wanted: the answers' length, ends, and how they are sampled
         :param seed: of the noise
         :return: texts, cut before the end-of-sequence token and the first stop string
         """
         special = self._tokenizer.added_tokens_encoder
-        # A stop string that is one special token would be gone from the decoded text.
+        # A stop string that is one special token would be missing from the decoded text.
         stops = self._ends | {special[text] for text in wanted.until if text in special}
         if self._arguments.backend == "vllm":
             written = self._with_vllm(prompts, wanted, seed)
@@ -140,6 +140,6 @@ class AnswerWriter:
             max_requests=self._arguments.batch_size,
             max_model_len=self._max_length,
             canvas_length=self._max_length - 1,
-            # A configuration need not name one.
+            # A configuration may not name one.
             dtype=self._model().dtype if dtype is None else dtype,
         )

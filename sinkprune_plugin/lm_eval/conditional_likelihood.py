@@ -29,7 +29,7 @@ _POSITIONS_AT_ONCE = 1024
 
 
 def masked_counts(length: int, samples: int, generator: torch.Generator) -> torch.Tensor:
-    """Numbers of masked tokens, spread evenly over 1 … length; each by itself is uniform.
+    """Numbers of masked tokens, spread evenly over 1 … length; each alone is uniform.
 
     :param length: tokens of the answer
     :param samples: how many numbers
@@ -62,13 +62,13 @@ def answer_log_likelihoods(
 
     :param model: transformers model
     :param context: token ids; may be empty only where the family neither shifts its logits nor keeps the first token
-    :param answers: token ids, at least one each, and all equally many
+    :param answers: token ids, at least one each, all of the same length
     :param spec: family and mask token
     :param mc_num: Monte-Carlo samples
     :param batch_size: noisy rows in a forward pass
     :param cfg: scale s of classifier-free guidance, logits u + (s + 1) (c - u), u those with a masked context; 0 is off
     :param seed: of the noise
-    :param ending: token ids behind the answer, seen by the model, never masked and not counted; at least one for a
+    :param ending: token ids after the answer, seen by the model, never masked and not counted; at least one for a
         family that keeps a sequence's last token
     :return: the estimates, at most 0 each
     :raises UsageError: if there is nothing to predict or the model's logits aren't finite
@@ -107,7 +107,7 @@ class _NoisyAnswer:
 
     :param rows: (R, T) int64, context, noisy answer and ending
     :param masked: (R, L) bool
-    :param weights: (R,) float64, what a masked token's loss counts: L / l for each sample that drew the row, over all
+    :param weights: (R,) float64, weight of a masked token's loss: L / l for each sample that drew the row, over all
         samples
     """
 

@@ -1,4 +1,4 @@
-"""What a task's ``generation_kwargs`` ask for, and where an answer ends."""
+"""What a task's ``generation_kwargs`` request, and where an answer ends."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _OTHERS = ("until", "do_sample", "temperature", "top_k", "top_p", "num_beams")
 
 @dataclass(frozen=True)
 class AnswerRequest:
-    """One answer's length, its ends and how it is drawn.
+    """One answer's length, its stop strings and how it is sampled.
 
     :param length: tokens of the canvas
     :param until: texts that end the answer and don't belong to it
@@ -37,7 +37,7 @@ class AnswerRequest:
 
         :param given: option → value
         :return: the request
-        :raises UsageError: on an option that isn't known, since leaving one out would change the result
+        :raises UsageError: on an unknown option, since ignoring one would change the result
         """
         for name in given:
             if name not in _LENGTH_NAMES + _OTHERS:

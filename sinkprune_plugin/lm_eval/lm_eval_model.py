@@ -43,7 +43,7 @@ class SinkpruneLM(TemplateLM):
         self.config: Any = load_config(self.arguments.pretrained)
         self.spec = resolve_diffusion(self.config, self.tokenizer)
         self._length = self._longest()
-        # A family that never masks a sequence's last token was trained with one it can see there.
+        # A family that never masks a sequence's last token was trained with a visible one there.
         self._ending = [self.eot_token_id] if self.spec.keep_last else []
 
     def _longest(self) -> int:
@@ -80,7 +80,7 @@ class SinkpruneLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands in for an empty context: the beginning-of-sequence token, or else the end-of-sequence token."""
+        """What replaces an empty context: the beginning-of-sequence token, or else the end-of-sequence token."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
@@ -91,7 +91,7 @@ class SinkpruneLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's cache of requests."""
+        """Name of the tokenizer, for the harness's cache of requests."""
         return self.arguments.pretrained.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -118,7 +118,7 @@ class SinkpruneLM(TemplateLM):
         for number, (_, context, answer) in enumerate(requests):
             questions.setdefault((tuple(self._fit(context, len(answer))), len(answer)), []).append(number)
         results = [(0.0, False)] * len(requests)
-        # The longest first: if memory doesn't suffice, that shows at once.
+        # The longest first: if memory doesn't suffice, that fails at once.
         order = sorted(questions, key=lambda question: -len(question[0]) - question[1])
         with tqdm(total=len(requests), desc="loglikelihood", disable=_disable(kwargs.get("disable_tqdm"))) as bar:
             for context, length in order:
@@ -197,7 +197,7 @@ class SinkpruneLM(TemplateLM):
             wanted = AnswerRequest.read(given)
             self._writer.check(wanted)
             prompts.append(self._fit(self.tok_encode(context), wanted.length))
-            # A task that asks the same several times wants different samples.
+            # A task that repeats a request wants different samples.
             key = f"{context}\0{wanted}"
             groups.setdefault((wanted, self.arguments.seed + seen[key]), []).append(number)
             seen[key] += 1

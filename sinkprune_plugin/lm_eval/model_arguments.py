@@ -15,7 +15,7 @@ __all__ = ["ModelArguments", "sampling_options"]
 
 BACKENDS = ("transformers", "vllm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# lm-eval passes them to every model class. Nothing from a checkpoint is executed, whatever the second one says.
+# lm-eval passes them to every model class. Nothing from a checkpoint is executed, whatever the value of the second one.
 _IGNORED = ("max_batch_size", "trust_remote_code")
 # What lm-eval's command line passes where the user names no device, also on a machine without one.
 _DEFAULT_DEVICE = "cuda:0"
@@ -76,7 +76,7 @@ class ModelArguments:
             raise UsageError("there is no model; pass --model_args pretrained=DIRECTORY_OR_HUB_NAME")
         values["pretrained"] = str(values["pretrained"])
         if str(values.get("batch_size", "")).split(":")[0] == "auto":
-            # Nothing is tried out: rows of one request are all of one length.
+            # There is nothing to tune: rows of one request all have one length.
             del values["batch_size"]
         elif isinstance(values.get("batch_size"), str) and values["batch_size"].isdigit():
             values["batch_size"] = int(values["batch_size"])
@@ -113,7 +113,7 @@ class ModelArguments:
 
 
 def sampling_options(**options: Any) -> SamplingOptions:
-    """Resolve sampling options, with messages that name them as they are named in ``--model_args``.
+    """Resolve sampling options, with messages that use the names of ``--model_args``.
 
     :param options: see :meth:`SamplingOptions.resolve`
     :return: the options

@@ -37,7 +37,7 @@ def write_predictions(samples: Path, predictions: Path) -> int:
             rotation = (int(sample["doc"]["rotation"]), scores)
             questions.setdefault(str(sample["doc"]["question_id"]), []).append(rotation)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise UsageError(f"{samples} line {number} is no sample of a Mobile-MMLU task; log them anew") from error
+            raise UsageError(f"{samples} line {number} is no sample of a Mobile-MMLU task; log them again") from error
     rows = [(question, LETTERS[averaged_choice(seen)]) for question, seen in questions.items()]
     try:
         with predictions.open("x", newline="", encoding="utf-8") as stream:

@@ -1,8 +1,8 @@
 """Multiple choice that doesn't depend on the order of the options: each question in every rotation of its options.
 
 For lm-evaluation-harness: the task configurations in ``tasks/`` name these functions. ``acc`` is the mean accuracy over
-rotations. ``acc_averaged`` is that of one answer a question, the option whose probability, averaged over rotations, is
-the largest: it can't depend on the order at all.
+rotations. ``acc_averaged`` is that of one answer per question, the option whose probability, averaged over rotations,
+is the largest: it doesn't depend on the order at all.
 """
 
 import math
@@ -41,7 +41,7 @@ def load(hub_dataset: str, hub_config: str | None = None, mobile_mmlu_file: str 
 
     if mobile_mmlu_file is None:
         data = load_dataset(hub_dataset, hub_config)
-        # One file without a split in its name is "train" to datasets.
+        # datasets calls one file without a split in its name "train".
         return DatasetDict(test=data["test"] if "test" in data else next(iter(data.values())))
     kinds = {".csv": "csv", ".jsonl": "json"}
     ending = mobile_mmlu_file[mobile_mmlu_file.rfind(".") :]
@@ -67,7 +67,7 @@ def process_docs(dataset: Any) -> Any:
     def rotate(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         result: dict[str, list[Any]] = {"question_id": [], "question": [], "options": [], "rotation": [], "gold": []}
         for row, index in enumerate(indices):
-            # As text: a column of a .csv file that holds numbers only is one of numbers.
+            # As text: a .csv column with numbers only is read as numbers.
             options = [str(rows[names[letter]][row]) for letter in LETTERS]
             gold = _index(rows[names["answer"]][row], index) if "answer" in names else UNKNOWN
             identity = str(rows[names["question_id"]][row]) if "question_id" in names else str(index)
@@ -120,7 +120,7 @@ def process_results(doc: dict[str, Any], results: Sequence[tuple[float, bool]]) 
 
 
 def averaged_choice(rotations: Iterable[tuple[int, Sequence[float]]]) -> int:
-    """The option that is likeliest on average over rotations.
+    """The option that is most likely on average over rotations.
 
     :param rotations: rotation and log-likelihoods of the letters, for each rotation of one question
     :return: its index in the original order

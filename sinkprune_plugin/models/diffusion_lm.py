@@ -67,7 +67,7 @@ class DiffusionLM(PreTrainedModel):
 class HiddenStates:
     """Collects the hidden states for ``output_hidden_states``.
 
-    An object instead of ``if`` statements in ``forward``, around which llm-compressor's tracer would have to work.
+    An object instead of ``if`` statements in ``forward``, which llm-compressor's tracer would have to exclude.
 
     :param wanted: the call's argument; None leaves it to ``default``
     :param default: the configuration's ``output_hidden_states``

@@ -1,5 +1,4 @@
-"""Numbers of a configuration: transformers accepts whatever config.json holds, and a network built from it fails much
-later, or not at all."""
+"""Numbers of a configuration: transformers accepts any, and a network built from wrong ones fails late or never."""
 
 import math
 from typing import Any

@@ -1,1 +1,1 @@
-"""Does the pruned model still work, and is it smaller and faster? Measurements in pairs, and their report."""
+"""Does the pruned model still work, and is it smaller and faster? Paired measurements, and their report."""

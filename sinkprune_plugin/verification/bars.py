@@ -1,4 +1,4 @@
-"""What a pruned model must reach, set by the user."""
+"""Limits that a pruned model must meet, set by the user."""
 
 import math
 from dataclasses import dataclass
@@ -38,12 +38,12 @@ class Bars:
 
 @dataclass(frozen=True)
 class BarResult:
-    """One bar and what was measured.
+    """One limit and the measured value.
 
     :param name: the option's name
-    :param limit: what was asked for
+    :param limit: the user's limit
     :param value: what was measured
-    :param passed: whether that is good enough
+    :param passed: whether the limit is met
     """
 
     name: str
@@ -53,11 +53,11 @@ class BarResult:
 
 
 def check_bars(bars: Bars, content: dict[str, Any]) -> list[BarResult]:
-    """Compare measurements with the bars.
+    """Compare measurements with the limits.
 
     :param bars: limits
     :param content: a report
-    :return: one result for each bar that was set
+    :return: one result for each limit that was set
     """
     results = []
     if bars.max_ppl_increase is not None:

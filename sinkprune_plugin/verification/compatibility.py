@@ -16,7 +16,7 @@ __all__ = ["check_derived", "check_tokenizers", "memory_bytes", "natural_zeros"]
 
 
 def check_derived(dense: Path, pruned: Path) -> None:
-    """Check that both have the same weights by name and shape; quantized ones may have more beside them.
+    """Check that both have the same weights by name and shape; quantized ones may have further tensors.
 
     :param dense: checkpoint directory
     :param pruned: checkpoint directory
@@ -56,7 +56,7 @@ def check_tokenizers(dense: Any, pruned: Any) -> None:
 
 
 def natural_zeros(dense: Path, pruned: Path, layers: Mapping[str, LayerInfo]) -> dict[str, int]:
-    """Zeros that pruning didn't make: those at which the dense model has a zero as well, by module type.
+    """Zeros that pruning didn't create: those where the dense model has a zero too, by module type.
 
     :param dense: checkpoint directory
     :param pruned: checkpoint directory

@@ -114,7 +114,7 @@ def compare_perplexity(
 
 
 def paired_difference(dense: RowScores, pruned: RowScores) -> tuple[float, float, float]:
-    """Difference of the negative log-likelihoods per token, pruned less dense.
+    """Difference of the negative log-likelihoods per token, pruned minus dense.
 
     Windows are the independent units: each gives one difference of its Monte-Carlo ELBO, in which the text's
     difficulty and most of the noise cancel. The interval is that of a ratio of sums (differences over tokens).

@@ -11,7 +11,7 @@ _DOTS_PER_INCH = 130
 
 
 def draw_plots(directory: Path, content: dict[str, Any]) -> dict[str, str]:
-    """Draw what people would rather look at than read.
+    """Draw the results that are easier to see than to read.
 
     :param directory: where the files go
     :param content: a report

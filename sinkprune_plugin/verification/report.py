@@ -32,14 +32,14 @@ def write_report(directory: Path, content: dict[str, Any]) -> None:
 
 
 def _embedded(file: Path) -> str:
-    """A picture within the page: the report is one file and needs no network."""
+    """An embedded image: the report is one file and needs no network."""
     return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode("ascii")
 
 
 def _html(content: dict[str, Any], pictures: dict[str, str], sinks: dict[str, str]) -> str:
     from jinja2 import Environment, StrictUndefined
 
-    # Texts that models wrote are shown: everything is escaped.
+    # The page shows text written by models: everything is escaped.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["megabytes"] = lambda size: f"{size / 1e6:,.2f} MB"
     environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
@@ -97,7 +97,7 @@ def headline(content: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def print_report(content: dict[str, Any], console: "Console") -> None:
-    """Print the answers, and the bars if there are any.
+    """Print the answers, and the limits if there are any.
 
     :param content: a report
     :param console: where to print

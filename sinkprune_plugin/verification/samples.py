@@ -1,4 +1,4 @@
-"""What two models write behind the same prompts: how far they agree, and whether either repeats itself."""
+"""What two models write after the same prompts: how far they agree, and whether either repeats itself."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Tokens a second of two models, taking turns, at several batch sizes and cache modes."""
+"""Tokens per second of two models, taking turns, at several batch sizes and cache modes."""
 
 import statistics
 import time
@@ -47,10 +47,10 @@ class SpeedRow:
     :param cache: cache mode
     :param dense_tokens_per_s: median over the rounds
     :param pruned_tokens_per_s: the same of the pruned model
-    :param ratio: median over the rounds of pruned to dense speed, each round's two runs side by side
+    :param ratio: median over the rounds of pruned to dense speed, each round's two runs in immediate succession
     :param ratio_low: lowest of the rounds
     :param ratio_high: highest
-    :param dense_ms_per_step: milliseconds a denoising step of the whole batch
+    :param dense_ms_per_step: milliseconds per denoising step of the whole batch
     :param pruned_ms_per_step: the same of the pruned model
     :param forward_share: share of the pruned model's time in its forward; None where the backend doesn't tell
     """
@@ -68,7 +68,7 @@ class SpeedRow:
 
 
 class Sampler(Protocol):
-    """A model behind a backend. ``forward_seconds`` adds up the time in its forward; None where nobody measures."""
+    """A model in a backend. ``forward_seconds`` sums the time in its forward; None where it isn't measured."""
 
     forward_seconds: float | None
 
@@ -115,7 +115,7 @@ class _VllmSampler:
     def __init__(self, directory: Path, workload: Workload, dtype: torch.dtype) -> None:
         from sinkprune_plugin.vllm.offline import OfflineEngine
 
-        # vLLM doesn't tell; benchmarks/serving.py measures it.
+        # vLLM doesn't report it; benchmarks/serving.py measures it.
         self.forward_seconds: float | None = None
         self._engine = OfflineEngine(
             directory,

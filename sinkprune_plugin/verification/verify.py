@@ -35,7 +35,7 @@ from sinkprune_plugin.vllm.cpu import prepare
 
 __all__ = ["VerifyOptions", "verify"]
 
-# Perplexity of longer windows says the same and takes longer.
+# Perplexity of longer windows adds nothing and takes longer.
 LONGEST_WINDOW = 512
 LONGEST_ANSWER, LONGEST_TIMED = 64, 32
 # The quick variant answers in seconds, with intervals that are twice as wide.
@@ -52,8 +52,8 @@ class VerifyOptions:
     :param seq_len: tokens in a window; None takes the model's maximum, at most 512
     :param seed: seed of noise and of the choice of text
     :param quick: fewer windows, noise samples, batch sizes and rounds
-    :param ar_model: an autoregressive model whose sinks are shown beside; None for none
-    :param bars: what the pruned model must reach
+    :param ar_model: an autoregressive model whose sinks are shown for comparison; None for none
+    :param bars: limits that the pruned model must meet
     :param dtype: precision both models are run in; None takes each checkpoint's own
     :param device: where transformers' models run: ``auto`` (the accelerator if there is one), ``cpu``, ``cuda:1``, …
     :param batch_size: windows in a forward pass, for perplexity and sinks; the speed has batch sizes of its own
@@ -81,7 +81,7 @@ def verify(
     :param output: directory to write; it appears whole or not at all
     :param options: what to measure
     :param overwrite: replace an existing output
-    :return: the content of report.json; ``passed`` tells whether all bars were reached
+    :return: the content of report.json; ``passed`` tells whether all limits are met
     :raises UsageError: if the two don't belong together, or on other wrong input; nothing is written then
     """
     options = options or VerifyOptions()
@@ -268,7 +268,7 @@ def _name(path: Path) -> str:
 
 
 def _recipe(pruned: Path) -> str | None:
-    """The recipe that made the pruned model: put on record where there is one, and never needed."""
+    """The recipe that made the pruned model: recorded if there is one, and never needed."""
     file = pruned / RECIPE_FILE
     if not file.is_file():
         return None

@@ -1,1 +1,1 @@
-"""The adapter for vLLM: everything here imports vLLM but ``cpu`` and, at its top, ``register``."""
+"""The adapter for vLLM: everything here imports vLLM but ``cpu`` and, at import time, ``register``."""

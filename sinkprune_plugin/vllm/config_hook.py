@@ -1,4 +1,4 @@
-"""What vLLM's configuration must be for a model that denoises, set before the engine is built."""
+"""vLLM's configuration for a model that denoises, set before the engine is built."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ DEFAULT_CANVAS = 1024
 
 
 def register_config_hooks() -> None:
-    """Make vLLM set our models up, and validate their requests in the front end. Idempotent."""
+    """Make vLLM configure our models, and validate their requests in the front end. Idempotent."""
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
     from sinkprune_plugin.vllm.request_validation import install_validation
 
     class DenoisingConfigHook(VerifyAndUpdateConfig):
-        """Entry of vLLM's map from architectures to hooks."""
+        """An entry of vLLM's map from architectures to hooks."""
 
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
@@ -29,10 +29,10 @@ def register_config_hooks() -> None:
 
 
 def configure(vllm_config: Any) -> None:
-    """Set a configuration up for denoising.
+    """Adapt a configuration to denoising.
 
     :param vllm_config: vLLM's configuration, changed in place
-    :raises ValueError: where something was asked for that a denoising model can't do
+    :raises ValueError: for options that a denoising model doesn't support
     """
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
@@ -48,7 +48,7 @@ def configure(vllm_config: Any) -> None:
     # Each step depends on whether the last one finished a block.
     scheduler.async_scheduling = False
     scheduler.scheduler_cls = "sinkprune_plugin.vllm.scheduler.DenoisingScheduler"
-    # A part of a bidirectional query is another computation: whole requests wait instead.
+    # A part of a bidirectional query would be a different computation, so whole requests wait instead.
     scheduler.enable_chunked_prefill = False
     scheduler.long_prefill_token_threshold = 0
     for name in ("max_num_batched_tokens", "max_num_scheduled_tokens"):

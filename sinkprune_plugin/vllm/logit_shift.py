@@ -1,6 +1,6 @@
 """Hidden states moved by one position, for models whose logits at position i predict token i + 1 (Dream).
 
-The first row of a query that begins behind position 0 needs the hidden state of a position that isn't in the batch. It
+The first row of a query that begins after position 0 needs the hidden state of a position that isn't in the batch. It
 is the one from the step that computed the kept keys and values: as stale as those, and fresh where nothing is kept.
 """
 
@@ -29,7 +29,7 @@ class LogitShift:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Shift.
 
-        :param hidden: (T, d); rows behind the batch's tokens are padding
+        :param hidden: (T, d); rows after the batch's tokens are padding
         :return: (T, d)
         """
         tokens = len(self._source)
@@ -64,8 +64,8 @@ class BoundaryStates:
         slots, computed, query, canvas = batch.slots, batch.computed, batch.query, batch.canvas
         begin = np.cumsum(query) - query
         start = computed + query - canvas
-        # Each slot has two states: the one before its canvas, and the last row of its last query. They change places
-        # when the canvas moves on (for the first time behind the prompt), since the last query ended where it begins.
+        # Each slot has two states: the one before its canvas, and the last row of its last query. They are swapped when
+        # the canvas moves on (for the first time after the prompt), since the last query ended where it begins.
         marked = np.where(canvas > 0, start, -1)
         moved = self._canvas_start[slots] != marked
         self._half[slots] = np.where(moved, 1 - self._half[slots], self._half[slots])

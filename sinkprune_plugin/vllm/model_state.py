@@ -1,4 +1,4 @@
-"""vLLM's model state for denoising models: plans each step and hands attention what it must see."""
+"""vLLM's model state for denoising models: plans each step and builds the attention metadata."""
 
 from typing import Any
 
@@ -67,7 +67,7 @@ class DenoisingModelState(ModelState):
         return self._sampler, None
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        """Take a request in, new or resumed.
+        """Add a request, new or resumed.
 
         :param req_index: its slot
         :param new_req_data: the request
@@ -99,7 +99,7 @@ class DenoisingModelState(ModelState):
         self._plan = self._slots.plan(self._batch)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:  # noqa: ARG002
-        """Hand the plan on, and narrow the logits to the rows that can be unmasked.
+        """Pass the plan on, and restrict the logits to the rows that can be unmasked.
 
         :param input_batch: not used
         :param req_states: not used
@@ -135,7 +135,7 @@ class DenoisingModelState(ModelState):
         input_batch: InputBatch,  # noqa: ARG002
         req_states: RequestState,  # noqa: ARG002
     ) -> torch.Tensor | None:
-        """Embedding is the model's own business.
+        """Nothing to do: the model embeds its own inputs.
 
         :param scheduled_encoder_inputs: not used
         :param input_batch: not used
@@ -154,7 +154,7 @@ class DenoisingModelState(ModelState):
         for_capture: bool = False,
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
-        """Attention in both directions; for cache ``dual`` also over the kept positions behind the block.
+        """Attention in both directions; for cache ``dual`` also over the kept positions after the block.
 
         :param input_batch: the batch
         :param cudagraph_mode: never FULL, see the config hook

@@ -1,4 +1,4 @@
-"""A vLLM engine in the caller's hands: token ids in, token ids out."""
+"""A vLLM engine in the caller's process: token ids in, token ids out."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ class OfflineEngine:
     :param max_requests: most requests at once
     :param max_model_len: longest prompt and answer together
     :param canvas_length: longest answer
-    :param dtype: precision to run in; vLLM by itself runs float32 checkpoints in 16 bits
+    :param dtype: precision to run in; vLLM on its own runs float32 checkpoints in 16 bits
     :param options: further arguments of ``LLM``
     :raises UsageError: if vLLM isn't installed or can't serve the model here
     """
@@ -37,7 +37,7 @@ class OfflineEngine:
         prepare()
         from vllm import LLM
 
-        # Compiled graphs pay on a GPU; on a CPU they only make the start longer.
+        # Compiled graphs pay off on a GPU; on a CPU they only make the start slower.
         options.setdefault("enforce_eager", not torch.cuda.is_available())
         try:
             self._engine = LLM(
@@ -68,7 +68,7 @@ class OfflineEngine:
         :param prompts: token ids
         :param gen_length: tokens of each answer
         :param options: ``dlm_`` options
-        :param ignore_eos: go on behind an end-of-sequence token
+        :param ignore_eos: continue after an end-of-sequence token
         :param progress: show vLLM's progress bar
         :return: the answers' token ids
         """

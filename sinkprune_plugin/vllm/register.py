@@ -4,7 +4,7 @@ import importlib.util
 
 __all__ = ["TESTED_FIRST", "TESTED_UNTIL", "register"]
 
-# The scheduler and the model state rest on interfaces that vLLM may change in any release.
+# The scheduler and the model state depend on interfaces that vLLM may change in any release.
 TESTED_FIRST, TESTED_UNTIL = (0, 32), (0, 33)
 
 
@@ -23,7 +23,7 @@ def register() -> None:
 
 
 def check_version() -> None:
-    """Say once in each process if vLLM isn't of the versions that this was tested with."""
+    """Warn once in each process if vLLM isn't one of the tested versions."""
     import vllm
     from vllm.logger import init_logger
 
@@ -63,7 +63,7 @@ def register_configs() -> None:
     for native in NATIVE_MODELS:
         config_class = native.config_class()
         vllm_configs._CONFIG_REGISTRY[native.model_type] = config_class
-        # What vLLM knows diffusion models by. On the class, so that no config.json that is written gets it.
+        # How vLLM recognises diffusion models. On the class, so that it isn't written to any config.json.
         config_class.canvas_length = DEFAULT_CANVAS
 
 

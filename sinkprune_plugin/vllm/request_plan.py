@@ -10,7 +10,7 @@ __all__ = ["PLAN_KEY", "attach_plan", "plan_of"]
 # Key of the resolved options in ``SamplingParams.extra_args``. Not one of the ``dlm_`` options: a client can't send it,
 # the front end refuses keys it doesn't know.
 PLAN_KEY = "sinkprune_plan"
-# A request that never passed the front end, as those vLLM warms up with, is given blocks of this many tokens.
+# A request that never passed the front end, such as vLLM's warm-up requests, gets blocks of this many tokens.
 WARMUP_BLOCK = 32
 
 

@@ -1,7 +1,8 @@
-"""Checks of a request where it enters, so that a wrong option is one clear line (HTTP 400) and never an engine's death.
+"""Checks of a request where it enters, so that a wrong option gives one clear line (HTTP 400) and never ends the
+engine.
 
 vLLM has a hook that sees sampling parameters, but none that also sees prompt and configuration, so this wraps
-``InputProcessor.process_inputs``, which all entrances share and which runs before anything reaches the engine.
+``InputProcessor.process_inputs``, which all entry points share and which runs before anything reaches the engine.
 """
 
 import functools
@@ -15,7 +16,7 @@ from sinkprune_plugin.vllm.request_plan import attach_plan
 
 __all__ = ["check_request", "install_validation"]
 
-# Sampling parameters that mean nothing here, with the value that leaves them off.
+# Sampling parameters without a meaning here, with the value that turns them off.
 REFUSED = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
@@ -59,7 +60,7 @@ def install_validation() -> None:
 
 
 def _split(params: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Parameters that vLLM admits for a diffusion model, and what was asked for."""
+    """Parameters that vLLM accepts for a diffusion model, and the requested options."""
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
 
@@ -72,7 +73,7 @@ def _split(params: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     except UsageError as error:
         raise VLLMValidationError(str(error)) from error
     plain = params.clone()
-    # Ours to interpret, and refused by vLLM for diffusion models.
+    # We interpret these; vLLM refuses them for diffusion models.
     plain.temperature, plain.seed, plain.extra_args = 1.0, None, None
     return plain, asked
 
@@ -90,7 +91,7 @@ def _resolve(processor: Any, request: Any, asked: dict[str, Any]) -> None:
         )
     prompt_length = len(request.prompt_token_ids)
     canvas = processor.vllm_config.diffusion_config.canvas_length
-    # A client that names no length gets all that fits from vLLM (over HTTP as if it had asked for that); here the
+    # A client that gives no length gets from vLLM all that fits (over HTTP as if it had asked for that); here the
     # served canvas is what fits.
     if params.max_tokens >= processor.model_config.max_model_len - prompt_length:
         params.max_tokens = min(params.max_tokens, canvas)
@@ -109,7 +110,7 @@ def check_request(params: Any) -> dict[str, Any]:
     """Check what can be checked without the prompt.
 
     :param params: ``SamplingParams`` as the client sent them
-    :return: the options asked for, by their ``dlm_`` names, and what of the standard parameters stands in for them
+    :return: the options asked for, by their ``dlm_`` names, and the standard parameters used in their place
     :raises UsageError: naming the parameter, its value and the remedy
     """
     for name, off in REFUSED.items():

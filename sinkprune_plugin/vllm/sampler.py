@@ -1,7 +1,7 @@
 """The sampler of denoising models: proposes tokens for a batch of blocks, unmasks some, emits finished blocks.
 
-The mathematics is that of :mod:`sinkprune_plugin.sampling`, function for function; here are only the batch's layout and
-vLLM's interface. Nothing waits for the device.
+The mathematics is that of :mod:`sinkprune_plugin.sampling`, function for function; this module adds only the batch's
+layout and vLLM's interface. Nothing waits for the device.
 """
 
 from types import SimpleNamespace
@@ -38,10 +38,10 @@ class DenoisingSampler:
         self.plan: StepPlan | None = None
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
-        """Nothing to do: the model state keeps what the sampler needs.
+        """Does nothing: the model state keeps what the sampler needs.
 
         :param req_idx: slot
-        :param sampling_params: not looked at
+        :param sampling_params: ignored
         """
 
     def apply_staged_writes(self) -> None:

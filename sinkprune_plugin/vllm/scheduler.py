@@ -8,9 +8,9 @@ Contract with vLLM 0.32, checked by integration_tests/test_vllm_contract.py:
    ``num_computed_tokens`` back by the others, also where nothing was emitted.
 3. After a step the engine calls ``update_draft_token_ids`` for every request of it; what this sets is the canvas of the
    next step.
-4. A running request whose ``next_decode_eligible_step`` is beyond ``current_step`` is passed over; ``schedule`` has
+4. A running request whose ``next_decode_eligible_step`` is beyond ``current_step`` is skipped; ``schedule`` has
    advanced ``current_step`` by one before it looks.
-5. The worker keeps its own count: it adds the query's length less ``num_rejected``, which the sampler sets so that
+5. The worker keeps its own count: it adds the query's length minus ``num_rejected``, which the sampler sets so that
    both counts agree (see :mod:`sinkprune_plugin.vllm.step_plan`).
 
 Only synchronous scheduling: each step must know whether the last one finished a block.
@@ -40,7 +40,7 @@ class DenoisingScheduler(Scheduler):
         self._budget = min(self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens)
 
     def add_request(self, request: Request) -> None:
-        """Take a request in.
+        """Add a request.
 
         :param request: a request that the front end has validated
         """
@@ -48,7 +48,7 @@ class DenoisingScheduler(Scheduler):
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """Schedule one step; a request whose query doesn't fit whole waits for the next one.
+        """Schedule one step; a request whose whole query doesn't fit waits for the next one.
 
         :param throttle_prefills: as in vLLM
         :return: the step
@@ -57,7 +57,7 @@ class DenoisingScheduler(Scheduler):
         for request in self.running:
             needed = request.num_tokens_with_spec - request.num_computed_tokens
             if needed > left:
-                # Half of a bidirectional query would be another computation, not a part of this one.
+                # Half of a bidirectional query would be a different computation, not a part of this one.
                 request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
             else:
                 left -= needed
@@ -66,7 +66,7 @@ class DenoisingScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, Any]:
-        """Account for a step, then roll those requests back whose next step computes everything anew.
+        """Account for a step, then roll back the requests whose next step computes everything again.
 
         :param scheduler_output: the step
         :param model_runner_output: what came of it
@@ -90,7 +90,7 @@ class DenoisingScheduler(Scheduler):
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Set the canvas of the next step.
 
-        :param draft_token_ids: the requests of the last step; the ids are placeholders and not looked at
+        :param draft_token_ids: the requests of the last step; the ids are placeholders and ignored
         """
         for name in draft_token_ids.req_ids:
             request = self.requests.get(name)

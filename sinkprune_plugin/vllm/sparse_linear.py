@@ -1,8 +1,8 @@
 """Linears with 2:4 sparse weights on the sparse tensor cores of NVIDIA GPUs, where that is measured to be faster.
 
 A denoising step runs whole blocks or canvases of many requests through the model, so its matrix products have many
-rows, which is where 2:4 pays: cuSPARSELt reads half of the weight and multiplies half as often. By how much depends on
-the shape and the GPU, so each shape is measured once, when the first weight of that shape has been loaded.
+rows, which is where 2:4 pays off: cuSPARSELt reads half of the weight and does half of the multiplications. By how much
+depends on the shape and the GPU, so each shape is measured once, when the first weight of that shape has been loaded.
 """
 
 import functools
@@ -27,10 +27,10 @@ logger = init_logger("vllm.sinkprune")
 MEASURED_ROWS = (256, 1024, 4096)
 
 _REPEATS = 10
-# Another kernel has to earn its place: less than this is within the noise of the measurement.
+# The sparse kernel must be clearly faster: a smaller gain is within the noise of the measurement.
 _LEAST_GAIN = 1.05
-# What torch demands of 16-bit operands for cuSPARSELt: multiples of 16 in the weight and of 8 in the activations. Twice
-# and four times that is what its other kernel demands; no projection of a real model is narrower.
+# What torch requires of 16-bit operands for cuSPARSELt: multiples of 16 in the weight and of 8 in the activations.
+# Its other kernel requires two and four times that; no projection of a real model is narrower.
 _ROWS, _COLUMNS, _TOKENS = 32, 64, 8
 
 
@@ -141,12 +141,12 @@ def _seconds(run: Callable[[], torch.Tensor]) -> float:
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / 1000)
-    # The first few set kernels up.
+    # The first few calls initialise kernels.
     return sorted(times[3:])[_REPEATS // 2]
 
 
 def runs_sparse(weight: torch.Tensor) -> bool:
-    """Whether a weight is to be kept compressed.
+    """Whether to keep a weight compressed.
 
     :param weight: (out, in) of this rank, loaded
     """

@@ -1,6 +1,6 @@
 """vLLM's view of a sparse checkpoint: which method runs its Linears once the weights are dense again.
 
-Decompression isn't done here but in front of the model's loading, see :mod:`~sinkprune_plugin.vllm.sparse_weights`.
+Decompression isn't done here but before the model's loading, see :mod:`~sinkprune_plugin.vllm.sparse_weights`.
 """
 
 from typing import Any
@@ -70,7 +70,7 @@ class SparseConfig(QuantizationConfig):
             return cls(found.format)
         if not found.quantization:
             raise UsageError(
-                "quantization_config has a transform_config beside its sparsity_config, which can't be loaded without "
+                "quantization_config has a transform_config next to its sparsity_config, which can't be loaded without "
                 "a quantization; load it with the tool that wrote it and save it dense"
             )
         return CompressedTensorsConfig.from_config(rest)
@@ -82,14 +82,14 @@ class SparseConfig(QuantizationConfig):
         user_quant: str | None,  # noqa: ARG003
         hf_config: Any = None,  # noqa: ARG003
     ) -> Any:
-        """Take over historic checkpoints, which vLLM by itself refuses since 0.19.
+        """Claim historic checkpoints, which vLLM on its own refuses since 0.19.
 
         :param hf_quant_cfg: as in config.json
-        :param user_quant: not looked at
-        :param hf_config: not looked at
+        :param user_quant: ignored
+        :param hf_config: ignored
         :return: our dispatch key, or None where a checkpoint isn't ours
         """
-        # The oldest of them name no method.
+        # The oldest of them don't name a method.
         historic = hf_quant_cfg.get("quant_method") in (None, "", LEGACY_METHOD)
         return QUANT_METHOD if historic and hf_quant_cfg.get("sparsity_config") else None
 
@@ -98,7 +98,7 @@ class SparseConfig(QuantizationConfig):
         layer: torch.nn.Module,
         prefix: str,  # noqa: ARG002
     ) -> QuantizeMethodBase | None:
-        """How a layer computes.
+        """The method that runs a layer.
 
         :param layer: the layer
         :param prefix: not used: whether a weight is 2:4 is seen once it is loaded

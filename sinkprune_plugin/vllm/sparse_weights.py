@@ -1,6 +1,6 @@
 """From a stream of a checkpoint's tensors, with sparse weights in parts, to a stream of dense weights.
 
-Works on names and tensors as vLLM's loaders hand them out, in front of a model's own loading. So fused projections and
+Works on names and tensors as vLLM's loaders yield them, before a model's own loading. So fused projections and
 tensor-parallel slices are cut from each weight just as from a dense checkpoint, and no more than one weight at a time
 is both sparse and dense.
 """
@@ -25,7 +25,7 @@ Stream = Iterable[tuple[str, torch.Tensor]]
 
 
 def dense_weights(stream: Stream, sparse_format: CheckpointFormat) -> Iterator[tuple[str, torch.Tensor]]:
-    """Rebuild sparse weights; each comes as soon as the last of its parts has come, all else passes through.
+    """Rebuild sparse weights; each is yielded as soon as the last of its parts has arrived, all else passes through.
 
     :param stream: name in the checkpoint → tensor; parts in any order, and between them anything
     :param sparse_format: the format that config.json names
@@ -41,7 +41,7 @@ def dense_weights(stream: Stream, sparse_format: CheckpointFormat) -> Iterator[t
             yield name, tensor
             continue
         if sparse_format is CheckpointFormat.DENSE:
-            # A sparse checkpoint must not pass for a dense one with odd names; a tensor named "shape" may be one.
+            # A sparse checkpoint must not pass for a dense one with unusual names; a tensor named "shape" may be one.
             _refuse_part(name, part)
             yield name, tensor
             continue
@@ -85,14 +85,14 @@ def _refuse_part(name: str, part: str) -> None:
 
 
 def complete_weights(stream: Stream, wanted: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass a stream on and check in the end that nothing was missing.
+    """Pass a stream on and check at its end that nothing was missing.
 
-    vLLM by itself serves a model of which a projection was in no file, with whatever is in that memory.
+    vLLM on its own serves a model with a projection that was in no file, using whatever is in that memory.
 
     :param stream: name → tensor
-    :param wanted: names that must come
+    :param wanted: names that must appear
     :return: the same stream
-    :raises UsageError: naming a tensor that didn't come
+    :raises UsageError: naming a tensor that didn't appear
     """
     missing = set(wanted)
     for name, tensor in stream:
@@ -108,7 +108,7 @@ def read_block(block: Mapping[str, Any]) -> SparsityConfig | None:
 
     :param block: as in config.json, or with the empty method that vLLM gives the oldest checkpoints, which name none
     :return: what it says; None if the checkpoint isn't sparse
-    :raises UsageError: if it says something that can't be
+    :raises UsageError: if its content is invalid
     """
     said = {key: value for key, value in block.items() if key != "quant_method" or value}
     return read_sparsity_config({"quantization_config": said})
@@ -118,8 +118,8 @@ def sparsity_of(hf_config: Any) -> SparsityConfig | None:
     """What a checkpoint says about its sparsity.
 
     :param hf_config: the model's configuration as transformers gives it
-    :return: that, None where nothing says that weights might be sparse
-    :raises UsageError: if the configuration says something that can't be
+    :return: that; None if nothing indicates sparse weights
+    :raises UsageError: if the configuration is invalid
     """
     configs = (hf_config, getattr(hf_config, "text_config", None))
     for key in ("quantization_config", "compression_config"):
@@ -165,7 +165,7 @@ def _checking_files(prepare_weights: Callable[..., Any]) -> Callable[..., Any]:
         found = prepare_weights(self, *args, **kwargs)
         sparsity = self.__dict__.pop("sparsity_to_check", None)
         files = found if isinstance(found, list) else found[1]
-        # Object storage is streamed, without headers to look at beforehand; the stream is checked all the same.
+        # Object storage is streamed, without headers to check beforehand; the stream is checked nevertheless.
         if sparsity is not None and not any("://" in file for file in files):
             check_files([Path(file) for file in files], sparsity)
         return found

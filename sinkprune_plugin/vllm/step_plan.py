@@ -106,7 +106,7 @@ class StepPlan:
     :param idle: (K,) int64, numbers in the batch of the requests that only had their prompt run
     :param idle_slots: (K,) int64, their slots
     :param idle_rejected: (K,) int64, what they reject
-    :param hidden_suffix: (num_reqs,) int32, positions behind the query that attention must see as well
+    :param hidden_suffix: (num_reqs,) int32, positions after the query that attention must see as well
     """
 
     rows: Ints
@@ -126,7 +126,7 @@ class StepPlan:
 
     @property
     def needs(self) -> Needs:
-        """What at least one request asks of the sampler."""
+        """What at least one request needs from the sampler."""
         return Needs(
             noise=bool((self.floats.temperature > 0).any()),
             filters=bool((self.numbers.top_k > 0).any() or (self.floats.top_p < 1).any()),
@@ -157,7 +157,7 @@ class SlotTable:
         self.step_in_block = np.zeros(slots, np.int64)
 
     def add(self, slot: int, prompt_length: int, options: SamplingOptions) -> None:
-        """Give a slot to a request.
+        """Assign a slot to a request.
 
         :param slot: the slot
         :param prompt_length: tokens of its prompt, without what it has generated
@@ -201,7 +201,7 @@ class SlotTable:
         steps = self.block_steps[slot, block]
         count = width // steps + (step < width % steps)
         cache = self.cache[slot]
-        # To compute everything anew, all of it is rejected; to keep what lies before the canvas, the canvas is.
+        # To compute everything again, all of it is rejected; to keep what lies before the canvas, the canvas is.
         everything, only_canvas = end[denoising], canvas[denoising]
         rejected = np.where(cache == NONE, everything, only_canvas)
         rejected_when_finished = np.where(cache == COMMIT, only_canvas - width, everything)

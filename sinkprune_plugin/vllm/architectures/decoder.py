@@ -1,7 +1,7 @@
 """What the decoders of LLaDA and Dream have in common as vLLM modules.
 
 The mathematics is that of :mod:`sinkprune_plugin.models`. Whether attention looks in both directions is not decided
-here: the model state says so to the attention backend in each step.
+here: the model state tells the attention backend in each step.
 """
 
 import copy
@@ -36,7 +36,7 @@ def check_config(config: Any) -> None:
     :raises UsageError: naming the option that they don't compute
     """
     config = copy.copy(config)
-    # vLLM writes the rotary frequencies into every configuration once more; of type default they say nothing new.
+    # vLLM writes the rotary frequencies into every configuration a second time; type default adds nothing.
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "default":
         config.rope_parameters = None
     config.check_supported()
@@ -66,8 +66,8 @@ def make_norm(size: int, eps: float, *, affine: bool = True, bias: bool = False)
 
     :param size: width of the hidden states
     :param eps: added to the mean square
-    :param affine: with a weight
-    :param bias: with a bias; needs ``affine``
+    :param affine: whether it has a weight
+    :param bias: whether it has a bias; needs ``affine``
     :return: the module
     """
     if affine and bias:
@@ -96,7 +96,7 @@ def gated_activation(name: str) -> nn.Module:
 
     :param name: transformers' name of the activation
     :return: module that maps (T, 2 · hidden) to (T, hidden)
-    :raises UsageError: if there is none of that name
+    :raises UsageError: if there is no activation of that name
     """
     if name in _FUSED_ACTIVATIONS:
         return get_act_and_mul_fn(name)
@@ -108,7 +108,7 @@ def gated_activation(name: str) -> nn.Module:
 def make_qkv(
     vllm_config: VllmConfig, *, heads: int, kv_heads: int, head_dim: int, bias: bool, prefix: str
 ) -> QKVParallelLinear:
-    """The three projections in front of attention as one matrix, cut by heads between tensor-parallel ranks.
+    """The three projections before attention as one matrix, split by heads between tensor-parallel ranks.
 
     :param vllm_config: configuration of the engine
     :param heads: query heads of the whole model
@@ -171,7 +171,7 @@ class RotaryAttention(Attention):
         """
         q, k, v = qkv.split(self.widths, dim=-1)
         if self.full_precision:
-            # Angles are exact in float32 only; the official LLaDA code rotates there and goes back.
+            # Angles are exact in float32 only; the official LLaDA code rotates in it and casts back.
             rotated_q, rotated_k = self.rotary(positions, q.float(), k.float())
             q, k = rotated_q.to(v.dtype), rotated_k.to(v.dtype)
         else:
@@ -182,7 +182,7 @@ class RotaryAttention(Attention):
 class DenoisingLM(nn.Module, SupportsQuant):
     """A decoder with its vocabulary projection; subclasses say where the two are and how tensors are named.
 
-    ``block_rows``, set by the model state before each step, names the rows whose logits are wanted; None for all.
+    ``block_rows``, set by the model state before each step, names the rows whose logits are needed; None for all.
     """
 
     hf_to_vllm_mapper: WeightsMapper
@@ -272,7 +272,7 @@ class DenoisingLM(nn.Module, SupportsQuant):
         return AutoWeightsLoader(self).load_weights(self._no_bias_dropped(weights), mapper=self.hf_to_vllm_mapper)
 
     def _no_bias_dropped(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """vLLM's loader passes over biases that a model has no place for, which would change what it computes."""
+        """vLLM's loader skips biases that a model has no parameter for, which would change what it computes."""
         known = {name for name, _ in self.named_parameters()}
         for name, tensor in weights:
             if name.endswith(".bias") and self.hf_to_vllm_mapper.map_name(name) not in known and bool(tensor.any()):

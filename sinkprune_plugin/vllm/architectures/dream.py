@@ -1,4 +1,4 @@
-"""Dream 7B as vLLM modules; modules have the names of the official tensors, save for those that are fused."""
+"""Dream 7B as vLLM modules; modules have the names of the official tensors, except those that are fused."""
 
 import torch
 from torch import nn
@@ -170,7 +170,7 @@ class DreamBaseModel(nn.Module):
 
 
 class DreamModel(DenoisingLM):
-    """Dream with its vocabulary projection; hidden state i predicts token i + 1, until the model state's shift.
+    """Dream with its vocabulary projection; hidden state i predicts token i + 1, before the model state's shift.
 
     :param vllm_config: configuration of the engine
     :param prefix: the module's full name

@@ -1,7 +1,7 @@
 """LLaDA, LLaDA-1.5 and MMaDA's text half as vLLM modules.
 
-Modules have the names of the official tensors, save for those that are fused, so that lists of module names in a
-checkpoint's configuration (what is quantized, what is sparse) mean what they say.
+Modules have the names of the official tensors, except those that are fused, so that lists of module names in a
+checkpoint's configuration (what is quantized, what is sparse) apply as they are.
 """
 
 import torch
