@@ -142,7 +142,7 @@ class HessianModifierBase(SinkAwareModifierBase):
         if used > self.dampening_frac:
             logger.warning(
                 f"the Hessian of {leader} is not positive definite with dampening_frac {self.dampening_frac:g}; pruned "
-                f"with {used:g} instead, more calibration samples would do with less"
+                f"with {used:g} instead; with more calibration samples less dampening is enough"
             )
 
     def _fixed_zeros(self, W: torch.Tensor) -> torch.Tensor | None:
