@@ -24,7 +24,7 @@ SIZES = {
 }
 
 
-def prune(model):
+def prune_2_of_4(model):
     """Magnitude 2:4 on the decoder blocks, in place; also 50 % unstructured, so that both formats can hold it."""
     for name, weight in model.named_parameters():
         if weight.ndim >= 2 and re.search(r"\.\d+\.", name):
@@ -35,7 +35,7 @@ def prune(model):
 
 def llama_model():
     torch.manual_seed(0)
-    return prune(LlamaForCausalLM(LlamaConfig(**SIZES)).bfloat16())
+    return prune_2_of_4(LlamaForCausalLM(LlamaConfig(**SIZES)).bfloat16())
 
 
 def sparsify(tensors, sparse_format):

@@ -22,7 +22,7 @@ import yaml
 from command_line import run_here
 from documentation import Example, documented_examples, inline_commands
 from golden_data import RECIPES, REPOSITORY
-from magnitude import prune_2_of_4
+from sparse_models import prune_2_of_4
 
 from sinkprune_plugin import cli
 from sinkprune_plugin.diffusion import families

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from magnitude import prune_2_of_4
+from sparse_models import prune_2_of_4
 
 from sinkprune_plugin.diffusion import resolve_diffusion, sample_generator
 from sinkprune_plugin.errors import UsageError

@@ -1,17 +1,13 @@
 """The native classes under the real tools: stock modifiers in ``oneshot()``, tracing, device maps."""
 
 import json
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
+from official_checkpoints import write_dream
 from safetensors.torch import load_file
 
 from sinkprune_plugin.loading import EMBEDDED_MODEL
-
-# Shared with the fast tests, whose folder is not on the import path here.
-OFFICIAL = runpy.run_path(str(Path(__file__).parent.parent / "tests" / "helpers" / "official_checkpoints.py"))
 
 DREAM_SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
 
@@ -19,7 +15,7 @@ DREAM_SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads
 @pytest.fixture
 def dream(tmp_path):
     """Folder of a random Dream checkpoint in the official layout."""
-    OFFICIAL["write_dream"](tmp_path / "dream", **DREAM_SIZES)
+    write_dream(tmp_path / "dream", **DREAM_SIZES)
     return tmp_path / "dream"
 
 

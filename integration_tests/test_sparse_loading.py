@@ -3,10 +3,10 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import LEGACY
 from safetensors.torch import load_file, save_file
 from sparse_models import (
     FORMATS,
@@ -15,7 +15,7 @@ from sparse_models import (
     assert_same,
     edit_config,
     llama_model,
-    prune,
+    prune_2_of_4,
     write,
     write_shards,
 )
@@ -42,19 +42,16 @@ def llama():
     return llama_model()
 
 
-LEGACY = Path(__file__).parent.parent / "tests" / "fixtures" / "legacy_checkpoints"
-
-
 @pytest.fixture(scope="module", params=["llada", "dream", "llama", "qwen2"])
 def pruned(request):
     torch.manual_seed(0)
     if request.param == "llada":
-        return prune(load_model(EMBEDDED_MODEL))
+        return prune_2_of_4(load_model(EMBEDDED_MODEL))
     if request.param == "dream":
-        return prune(DreamModel(DreamConfig(**SIZES, mask_token_id=63)).bfloat16())
+        return prune_2_of_4(DreamModel(DreamConfig(**SIZES, mask_token_id=63)).bfloat16())
     if request.param == "llama":
-        return prune(LlamaForCausalLM(LlamaConfig(**SIZES)).bfloat16())
-    return prune(Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)).bfloat16())
+        return prune_2_of_4(LlamaForCausalLM(LlamaConfig(**SIZES)).bfloat16())
+    return prune_2_of_4(Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)).bfloat16())
 
 
 @pytest.mark.parametrize("method", ["compressed-tensors-sparse", "compressed-tensors"])
@@ -139,7 +136,7 @@ def test_experts_that_transformers_merges(tmp_path):
     model.save_pretrained(tmp_path / "dense")
     tensors = load_file(tmp_path / "dense" / "model.safetensors")
     assert any("experts.3.w1.weight" in name for name in tensors)
-    prune(model)
+    prune_2_of_4(model)
     loaded = AutoModelForCausalLM.from_pretrained(write(model, tmp_path / "sparse"), dtype="auto")
     assert_same(loaded, model)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", dtype=torch.float32)

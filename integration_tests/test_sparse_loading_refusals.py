@@ -13,7 +13,7 @@ from sparse_models import (
     assert_same,
     edit_config,
     llama_model,
-    prune,
+    prune_2_of_4,
     quantization_config,
     write,
 )
@@ -36,7 +36,7 @@ def llama():
 @pytest.mark.parametrize("damage", ["mask", "mixed"])
 def test_a_damaged_expert_is_refused_in_one_line(tmp_path, damage):
     torch.manual_seed(0)
-    model = prune(MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)).bfloat16())
+    model = prune_2_of_4(MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)).bfloat16())
     write(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     owner = next(name for name in stored if "experts.2." in name).rpartition(".")[0]

@@ -8,8 +8,8 @@ import subprocess
 import pytest
 import torch
 from command_line import run_here, run_process
-from magnitude import prune_2_of_4
 from safetensors.torch import load_file, save_file
+from sparse_models import prune_2_of_4
 
 from sinkprune_plugin.formats import convert_checkpoint
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 import torch
-from magnitude import prune_2_of_4
+from sparse_models import prune_2_of_4
 from vllm_engine import SINKPRUNE, clean_environment, skip_without_vllm
 
 from sinkprune_plugin.formats import convert_checkpoint

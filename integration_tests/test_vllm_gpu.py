@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from magnitude import prune_2_of_4
+from sparse_models import prune_2_of_4
 from vllm_engine import make_engine
 
 from sinkprune_plugin.formats import convert_checkpoint

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from official_checkpoints import write_dream, write_llada
 from safetensors.torch import load_file, save_file
 from vllm_engine import prepare_vllm
-from vllm_modules import forward_function, loader, tokens_of, write_dream, write_llada
+from vllm_modules import forward_function, loader, tokens_of
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.dream.modeling_dream import DreamModel

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+from official_checkpoints import write_dream, write_llada
 from safetensors.torch import load_file, save_file
 from vllm_engine import clean_environment, skip_without_vllm
-from vllm_modules import forward_function, loader, tokens_of, write_dream, write_llada
+from vllm_modules import forward_function, loader, tokens_of
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import convert_checkpoint, save_sparse_checkpoint

@@ -1,16 +1,11 @@
 """Checkpoints as vLLM modules in this process: loaded by vLLM's loader, run over the tokens of one request."""
 
-import runpy
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 from vllm_engine import free_port, prepare_vllm
-
-OFFICIAL = runpy.run_path(str(Path(__file__).parent.parent / "tests" / "helpers" / "official_checkpoints.py"))
-write_llada, write_dream = OFFICIAL["write_llada"], OFFICIAL["write_dream"]
 
 
 @contextmanager

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -179,20 +177,3 @@ def test_embedded_text_yields_enough_windows_and_no_warning(recwarn, capfd):
     assert token_windows(read_documents(embedded_text("calibration")), tokenizer, 256, 128).shape == (128, 256)
     assert token_windows(read_documents(embedded_text("test")), tokenizer, 256, 128).shape == (128, 256)
     assert "longer than" not in capfd.readouterr().err
-
-
-def test_making_the_embedded_text(tmp_path):
-    sentences = " ".join(f"This is sentence number {index} of a long speech." for index in range(2000))
-    speeches = [{"year": 1800 + index, "president": "A", "text": sentences} for index in range(40)]
-    for split in ("train", "test"):
-        text = "".join(json.dumps(speech) + "\n" for speech in speeches)
-        (tmp_path / f"sotu_{split}.jsonl").write_text(text, encoding="utf-8")
-    script = Path(__file__).parent.parent / "tools" / "make_embedded_text.py"
-    command = [sys.executable, str(script), str(tmp_path), "--output", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True)
-    documents = read_documents(tmp_path / "calibration.jsonl")
-    assert len(documents) == 24
-    for document in documents:
-        assert 11_000 < len(document) <= 12_000
-        assert document.startswith("This is sentence")
-        assert document.endswith("speech.")

@@ -1,16 +1,13 @@
 """The two layouts of one weight: golden bytes, and what the old writer left behind."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from checkpoint_files import LEGACY
 from codec_cases import CODECS, assert_round_trip, raw
 from safetensors.torch import load_file, save
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats.codecs import bitmask, bitmask24
-
-LEGACY = Path(__file__).parent.parent / "fixtures" / "legacy_checkpoints"
 
 
 def test_bitmask_golden_vector():

@@ -2,9 +2,9 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from checkpoint_files import LEGACY
 
 from sinkprune_plugin import __version__
 from sinkprune_plugin.errors import UsageError
@@ -12,7 +12,6 @@ from sinkprune_plugin.formats import CheckpointFormat, read_sparsity_config
 from sinkprune_plugin.formats.codecs.format_names import parse_format
 from sinkprune_plugin.formats.sparsity_config import with_sparsity, without_sparsity
 
-LEGACY = Path(__file__).parent.parent / "fixtures" / "legacy_checkpoints"
 SPARSITY = {"format": "sparse-bitmask", "targets": ["Linear"], "ignore": ["lm_head"], "global_sparsity": 0.5}
 QUANTIZATION = {
     "config_groups": {"group_0": {"targets": ["Linear"]}},

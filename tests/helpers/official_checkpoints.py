@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-__all__ = ["TRACE", "write_dream", "write_llada"]
+__all__ = ["TRACE", "write_dream", "write_dream_tokenizer", "write_llada"]
 
 TRACE = "executed.txt"
 
@@ -175,3 +175,24 @@ def write_dream(folder, *, seed=0, **changes):
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], width)
     return _write(folder, config, shapes, ("configuration_dream.py", "modeling_dream.py"), seed)
+
+
+def write_dream_tokenizer(folder):
+    """The files of the official repository: no tokenizer.json, and a Python file named by auto_map."""
+    alphabet = ["<|endoftext|>", "<|mask|>", "a", "b", "c", "Ġ", "ab", "Ġa"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(alphabet)}))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\nĠ a\n")
+    special = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    config = {
+        "added_tokens_decoder": {
+            "0": {"content": "<|endoftext|>", **special},
+            "1": {"content": "<|mask|>", **special},
+        },
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "eos_token": "<|endoftext|>",
+        "mask_token": "<|mask|>",
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "DreamTokenizer",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenization_dream.py").write_text(f"open({str(folder / TRACE)!r}, 'w').write(__name__)\n")

@@ -3,12 +3,10 @@
 import io
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import LEGACY
 from checkpoint_maker import CONFIG, TARGETS, model, two_of_four, unstructured, write_dense
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -19,7 +17,6 @@ from sinkprune_plugin.formats import convert_checkpoint
 from sinkprune_plugin.inspection.info import inspect_checkpoint
 from sinkprune_plugin.inspection.table import print_info
 
-LEGACY = Path(__file__).parent.parent / "fixtures" / "legacy_checkpoints"
 PRUNED = {"weights": 3 * (16 * 32 + 32 * 48), "zeros": 3 * (16 * 32 + 32 * 48) // 2, "sparsity": 0.5}
 
 
@@ -296,17 +293,3 @@ def _edit(folder, sparsity):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["sparsity_config"] = sparsity
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def test_info_needs_no_host_library():
-    """It is quick, and works where llm-compressor can't be imported."""
-    script = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from sinkprune_plugin.inspection.info import inspect_checkpoint\n"
-        "import sinkprune_plugin.inspection.table\n"
-        f"inspect_checkpoint(Path({str(LEGACY / 'sparse-bitmask')!r}))\n"
-        "print([name for name in ('llmcompressor', 'vllm', 'compressed_tensors') if name in sys.modules])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "[]\n", done.stderr

@@ -1,33 +1,16 @@
 """Mobile-MMLU in every rotation of the options: accuracy and predictions that the order can't change."""
 
 import csv
-import json
 import math
-import subprocess
-import sys
 
 import pytest
+from rotation_cases import ROWS, docs, likes, samples_file
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.lm_eval import rotations
 from sinkprune_plugin.lm_eval.predictions import write_predictions
 
-# The columns that the authors' own program reads, with a column of numbers.
-ROWS = {
-    "question_id": ["q7", "q9"],
-    "Question": ["What? ", "How many?"],
-    "A": ["a", 1],
-    "B": ["b", 2],
-    "C": ["c", 3],
-    "D": ["d", 4],
-}
 KEY = {"answer": ["C", " a "]}
-
-
-def docs(columns):
-    from datasets import Dataset
-
-    return list(rotations.process_docs(Dataset.from_dict({k: [str(v) for v in c] for k, c in columns.items()})))
 
 
 def test_every_option_stands_in_every_place():
@@ -55,11 +38,6 @@ def test_a_model_that_always_says_a_is_right_once_in_four():
     assert math.fsum(rotations.process_results(doc, always_a)["acc"] for doc in docs(ROWS | KEY)[:4]) == 1
 
 
-def likes(doc, option, bias=0.0):
-    """Log-likelihoods of a model that likes one option by 1 and the first place by ``bias``."""
-    return [(float(text == option) + bias * (place == 0), False) for place, text in enumerate(doc["options"])]
-
-
 def test_the_average_over_rotations_hides_a_preference_for_a_place():
     rotated = docs(ROWS | KEY)
     items = [
@@ -77,13 +55,6 @@ def test_without_a_key_there_is_no_score():
     assert rotations.process_results(doc, likes(doc, "a")) == {}
 
 
-def samples_file(path, rotated, option):
-    samples = [{"doc": doc, "filtered_resps": likes(doc, option[doc["question_id"]])} for doc in rotated]
-    # Any order: the rotation is named in each sample.
-    path.write_text("".join(json.dumps(sample) + "\n" for sample in reversed(samples)))
-    return path
-
-
 def test_predictions_name_the_option_in_its_original_place(tmp_path):
     samples = samples_file(tmp_path / "samples.jsonl", docs(ROWS), {"q7": "d", "q9": "2"})
     assert write_predictions(samples, tmp_path / "predictions.csv") == 2
@@ -92,15 +63,6 @@ def test_predictions_name_the_option_in_its_original_place(tmp_path):
     assert sorted((row["question_id"], row["predicted_answer"]) for row in rows) == [("q7", "D"), ("q9", "B")]
     with pytest.raises(UsageError, match="exists; remove it"):
         write_predictions(samples, tmp_path / "predictions.csv")
-
-
-def test_predictions_as_a_command(tmp_path):
-    samples_file(tmp_path / "samples.jsonl", docs(ROWS), {"q7": "d", "q9": "2"})
-    command = [sys.executable, "-m", "sinkprune_plugin.lm_eval.predictions", "samples.jsonl", "out.csv"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "2 questions\n"), done.stderr
-    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert (again.returncode, again.stderr) == (2, "error: out.csv exists; remove it or name another file\n")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Sparse weights on their way into vLLM: a stream of parts becomes a stream of dense weights."""
 
+import sys
+
 import pytest
 import torch
 from checkpoint_maker import two_of_four, unstructured
@@ -9,7 +11,7 @@ from sparse_parts import BITMASK, COMPRESS, DENSE, SPARSE, TWO_OF_FOUR, in_parts
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats.codecs import bitmask
-from sinkprune_plugin.vllm.sparse_weights import complete_weights, dense_weights
+from sinkprune_plugin.vllm.sparse_weights import complete_weights, dense_weights, sparsity_of
 
 
 def same_bytes(a, b):
@@ -140,3 +142,41 @@ def test_a_whole_tensor_missing():
     assert list(complete_weights(stream, ["a.weight"])) == stream
     with pytest.raises(UsageError, match=r"b\.weight and 1 more are in no file"):
         list(complete_weights(stream, ["a.weight", "c.weight", "b.weight"]))
+
+
+class Config:
+    def __init__(self, **blocks):
+        self.__dict__.update(blocks)
+
+
+def format_of(config):
+    found = sparsity_of(config)
+    return None if found is None else found.format
+
+
+def test_format_of_a_configuration():
+    sparsity = {"format": "sparse-24-bitmask", "targets": ["Linear"]}
+    ours = {"quant_method": "compressed-tensors-sparse", "sparsity_config": sparsity}
+    legacy = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
+    assert format_of(Config(quantization_config=ours)) is TWO_OF_FOUR
+    assert format_of(Config(quantization_config=legacy)) is TWO_OF_FOUR
+    assert format_of(Config(compression_config={"sparsity_config": sparsity})) is TWO_OF_FOUR
+    # As vLLM leaves it behind.
+    empty = {"quant_method": "", "sparsity_config": sparsity}
+    assert format_of(Config(compression_config=empty)) is TWO_OF_FOUR
+    assert format_of(Config(text_config=Config(quantization_config=legacy))) is TWO_OF_FOUR
+    assert format_of(Config(quantization_config={"quant_method": "gptq", "bits": 4})) is None
+    assert format_of(Config(quantization_config=None)) is None
+    assert format_of(Config()) is None
+
+
+@pytest.mark.parametrize("name", ["{module}:Thing", "sparse_bitmask", None, 7, ["sparse-bitmask"]])
+def test_hostile_format_is_never_imported(name, tmp_path, monkeypatch):
+    module = "a_hostile_module"
+    (tmp_path / f"{module}.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = name.format(module=module) if isinstance(name, str) else name
+    block = {"quant_method": "compressed-tensors-sparse", "sparsity_config": {"format": name}}
+    with pytest.raises(UsageError, match=r"sparsity_config\.format"):
+        format_of(Config(quantization_config=block))
+    assert module not in sys.modules

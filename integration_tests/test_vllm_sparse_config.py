@@ -1,54 +1,11 @@
-"""Which configurations are a sparse checkpoint's, and what vLLM makes of them."""
+"""What vLLM makes of the configuration of a sparse checkpoint."""
 
 import json
 import sys
 
 import pytest
-from sparse_parts import TWO_OF_FOUR
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.vllm.sparse_weights import sparsity_of
-
-
-class Config:
-    def __init__(self, **blocks):
-        self.__dict__.update(blocks)
-
-
-def format_of(config):
-    found = sparsity_of(config)
-    return None if found is None else found.format
-
-
-def test_format_of_a_configuration():
-    sparsity = {"format": "sparse-24-bitmask", "targets": ["Linear"]}
-    ours = {"quant_method": "compressed-tensors-sparse", "sparsity_config": sparsity}
-    legacy = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
-    assert format_of(Config(quantization_config=ours)) is TWO_OF_FOUR
-    assert format_of(Config(quantization_config=legacy)) is TWO_OF_FOUR
-    assert format_of(Config(compression_config={"sparsity_config": sparsity})) is TWO_OF_FOUR
-    # As vLLM leaves it behind.
-    empty = {"quant_method": "", "sparsity_config": sparsity}
-    assert format_of(Config(compression_config=empty)) is TWO_OF_FOUR
-    assert format_of(Config(text_config=Config(quantization_config=legacy))) is TWO_OF_FOUR
-    assert format_of(Config(quantization_config={"quant_method": "gptq", "bits": 4})) is None
-    assert format_of(Config(quantization_config=None)) is None
-    assert format_of(Config()) is None
-
-
-@pytest.mark.parametrize("name", ["{module}:Thing", "sparse_bitmask", None, 7, ["sparse-bitmask"]])
-def test_hostile_format_is_never_imported(name, tmp_path, monkeypatch):
-    module = "a_hostile_module"
-    (tmp_path / f"{module}.py").write_text("raise SystemExit('imported')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    name = name.format(module=module) if isinstance(name, str) else name
-    block = {"quant_method": "compressed-tensors-sparse", "sparsity_config": {"format": name}}
-    with pytest.raises(UsageError, match=r"sparsity_config\.format"):
-        format_of(Config(quantization_config=block))
-    config_class = sparse_config_class()
-    with pytest.raises(UsageError, match=r"sparsity_config\.format"):
-        config_class.from_config(block)
-    assert module not in sys.modules
 
 
 def sparse_config_class():
@@ -96,3 +53,16 @@ def test_stacked_configuration_becomes_vllms_own():
     assert type(config_class.from_config({**sparse_only, "quant_method": ""})) is config_class
     with pytest.raises(UsageError, match="transform_config"):
         config_class.from_config({**sparse_only, "transform_config": {"config_groups": {"a": 1}}})
+
+
+@pytest.mark.parametrize("name", ["{module}:Thing", "sparse_bitmask", None, 7, ["sparse-bitmask"]])
+def test_vllms_configuration_never_imports_a_hostile_format(name, tmp_path, monkeypatch):
+    module = "a_hostile_module"
+    (tmp_path / f"{module}.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = name.format(module=module) if isinstance(name, str) else name
+    block = {"quant_method": "compressed-tensors-sparse", "sparsity_config": {"format": name}}
+    config_class = sparse_config_class()
+    with pytest.raises(UsageError, match=r"sparsity_config\.format"):
+        config_class.from_config(block)
+    assert module not in sys.modules
