@@ -52,8 +52,11 @@ def test_weights_that_fill_the_disk_are_one_line(tmp_path):
     assert done.stdout.strip().endswith("No space left on device; free some space []")
 
 
+# The signals as a shell sets them for a command in the foreground: nohup, and a script's `&`, ignore some of them.
 WRITER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from sinkprune_plugin.outputs import new_directory
 with new_directory(Path(sys.argv[1]), overwrite=True) as outer:

@@ -257,6 +257,7 @@ def test_scratch_space_is_on_the_disk_of_the_output_and_goes_away(tmp_path, othe
 
 def test_handlers_of_the_program_stay_its_own(tmp_path):
     received = []
+    hangup = signal.getsignal(signal.SIGHUP)
     before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     try:
         with new_directory(tmp_path / "out", overwrite=False):
@@ -265,4 +266,4 @@ def test_handlers_of_the_program_stay_its_own(tmp_path):
         signal.signal(signal.SIGTERM, before)
     assert received == [signal.SIGTERM]
     assert (tmp_path / "out").is_dir()
-    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGHUP) is hangup
