@@ -1,4 +1,4 @@
-"""`sinkprune` as a process of its own, or in this one, which saves the seconds that importing everything takes."""
+"""`sinkprune` as a separate process, or in this one, which saves the seconds that importing everything takes."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ def run_process(*arguments, cwd=None, timeout=300):
 
 
 def run_here(*arguments):
-    """Run the function behind the installed command, with its exit status, stdout and stderr.
+    """Run the function of the installed command in this process and capture its exit status, stdout and stderr.
 
     :return: the same as :func:`run_process`
     """

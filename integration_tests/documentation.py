@@ -9,7 +9,7 @@ from golden_data import REPOSITORY
 __all__ = ["Example", "documented_examples", "inline_commands"]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-# A block without a language is a list of commands if it begins like one, else data or output.
+# A block without a language is a list of commands if its beginning looks like one, else data or output.
 _PROGRAMS = ("sinkprune", "lm_eval", "python", "make", "git", "vllm", "curl", "pip", "torchrun", ".venv/")
 
 
@@ -41,7 +41,7 @@ def documented_examples() -> list[Example]:
 
 
 def inline_commands() -> list[tuple[str, str]]:
-    """Page and text of everything between backticks, outside of blocks, that begins with ``sinkprune`` and goes on."""
+    """Page and text of each inline code span, outside of blocks, of ``sinkprune`` with arguments."""
     return [
         (str(page.relative_to(REPOSITORY)), span)
         for page in sorted(REPOSITORY.rglob("*.md"))
@@ -51,7 +51,7 @@ def inline_commands() -> list[tuple[str, str]]:
 
 
 def _is_ours(page) -> bool:
-    # The change log speaks of past releases; .venv and results of the demo may lie in the repository.
+    # The change log describes past releases; .venv and results of the demo may lie in the repository.
     folder = page.relative_to(REPOSITORY).parts[0]
     return folder in {"README.md", "CONTRIBUTING.md", "docs", "benchmarks", "recipes", "sinkprune_plugin", "tests"}
 
@@ -78,7 +78,7 @@ def _commands(block: str) -> Iterator[str]:
     """Commands of a block: lines joined where one is continued, or goes on with an indentation or an open quote."""
     lines = block.splitlines()
     if any(line.startswith("$ ") for line in lines):
-        # A session: what isn't behind a prompt is output, or goes on with a command's open quote.
+        # A session: what doesn't follow a prompt is output, or continues a command's open quote.
         lines = _behind_prompts(lines)
     command = ""
     for line in lines:

@@ -1,4 +1,4 @@
-"""Wrong use of the modifiers in oneshot(): one clear line each, the weights untouched."""
+"""Wrong input to the modifiers in oneshot(): one clear line each, the weights untouched."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """The statistics of both modifiers against a plain reference: whole forward passes, attention and sums by hand.
 
-The reference knows nothing of blocks, sweeps or budgets. Its attention is an explicit softmax, its sums are in float64.
+The reference has no blocks, sweeps or budgets. Its attention is an explicit softmax, its sums are in float64.
 """
 
 import math
@@ -256,7 +256,7 @@ def test_the_drift_is_that_of_the_dense_model(reference, loader, tokenizer):
 
 def test_sequential_sees_the_pruned_linears_before_it_in_the_block(reference, loader, tokenizer):
     seen, pruned = run(SinkAwareSparseGPTModifier, loader, tokenizer, target="dense", within_block="sequential")
-    # The MLP's output is the last of block 0: its input comes from the block pruned but for itself.
+    # The MLP's output is the last of block 0: its input comes from the block with everything else pruned.
     model = _pruned_up_to(pruned, 1)
     name = next(n for n in seen if n.endswith("blocks.0.ff_out"))
     _compare_hessians(seen, 0, reference.cases([name], model), 0, count=1)

@@ -86,7 +86,7 @@ def test_there_and_back(two_of_four, tmp_path, to, layout):
     said = checked("convert", tmp_path / "sparse", "--to", "dense", "--output", tmp_path / "dense")
     assert said == f"dense: {DENSE / 1e6:.2f} MB, 1.0000 of dense, written to {tmp_path / 'dense'}\n"
     expected, found = contents(two_of_four), contents(tmp_path / "dense")
-    # config.json is written anew; everything else is the same to the byte, the weights' file included.
+    # config.json is rewritten; everything else is identical to the byte, the weights' file included.
     assert json.loads(expected.pop(Path("config.json"))) == json.loads(found.pop(Path("config.json")))
     assert found == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "sparse"]
@@ -114,7 +114,7 @@ def test_info_of_each_format(two_of_four, half, tmp_path):
     table = checked("info", tmp_path / "sparse").splitlines()
     assert "format sparse-24-bitmask, layout sinkprune" in table
     assert ["all", "42", f"{PRUNED:,}", "0.5000", "2:4"] in map(str.split, table)
-    # The same weights, however they are stored.
+    # The same weights, regardless of the format.
     source = json.loads(checked("info", two_of_four, "--json"))
     assert (source["format"], source["ratio"]) == ("dense", 1.0)
     for key in ("total", "by_type", "by_block"):

@@ -1,6 +1,6 @@
 """Damaged checkpoints, recipes and texts: `sinkprune sinks`, `prune` and `verify` end in one line before anything runs.
 
-The commands run in this process, on copies of the embedded model. Nothing is loaded half and nothing is left behind.
+The commands run in this process, on copies of the embedded model. Nothing is half loaded and no file is left behind.
 """
 
 import json
@@ -77,7 +77,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    """Neither are weights read or loaded nor is a model called."""
+    """No weights are read or loaded, and no model is called."""
 
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("too late")
@@ -345,7 +345,7 @@ def test_what_llm_compressor_refuses_is_one_line(model, sinkprune):
 
 
 def test_missing_and_other_weights_are_refused(model, sinkprune):
-    """transformers makes up missing ones."""
+    """transformers initialises missing ones."""
     tensors = load_file(model / WEIGHTS)
     save_file({n: t for n, t in tensors.items() if n != QUERY}, model / WEIGHTS, metadata={"format": "pt"})
     for command in ("sinks", "prune"):

@@ -1,6 +1,6 @@
 """The same damaged checkpoints through all three loaders: our reader, transformers and vLLM refuse each in one line.
 
-What one of them takes and another refuses, or takes as something else, is how a user gets a model with fresh weights.
+If one of them accepted what another refuses, a user could get a model with freshly initialised weights.
 """
 
 import json
@@ -42,7 +42,7 @@ def read_by_transformers(directory):
 
 
 def read_by_vllm(directory):
-    """vLLM's own loader, with what the plugin puts in front of it; no engine is needed for that."""
+    """vLLM's own loader, with the plugin's checks before it; this needs no engine."""
     prepare_vllm()
     from vllm.config import LoadConfig, ModelConfig
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -222,7 +222,7 @@ DAMAGES = [
     index_below,
     index_of_another_checkpoint,
 ]
-# What transformers and vLLM find out themselves before they ask anybody else, in an error of their own.
+# What transformers and vLLM detect first, with errors of their own.
 NOT_OURS = {
     read_by_transformers: [truncated, empty, a_file_lost, index_of_another_checkpoint],
     read_by_vllm: [
@@ -249,7 +249,7 @@ def test_every_loader_reads_the_undamaged_checkpoint(tensors, tmp_path, load, sp
 @pytest.mark.parametrize("load", LOADERS)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_refused_in_one_line(tensors, tmp_path, load, damage):
-    # Without digests where something else is to be seen; a digest would show each of these.
+    # Without digests, to test the other checks; a digest would reveal each of these.
     directory = write(tensors, tmp_path / "c", digests=damage is two_flipped_bits)
     damage(directory)
     with pytest.raises(Exception, match=r".") as raised:

@@ -54,7 +54,8 @@ def test_batch_size_of_prune(cls, tokenizer, golden_windows):
     assert set(three) == {3, 2}
     for name, weight in single.items():
         same = ((weight == 0) == (several[name] == 0)).float().mean()
-        # Ties within float32 rounding. SparseGPT passes its error on, so that a tie in one block moves those behind it.
+        # Ties within float32 rounding. SparseGPT passes its error on, so that a tie in one block changes the blocks
+        # after it.
         assert same > (0.9999 if cls is SinkAwareWandaModifier or ".blocks.0." in name else 0.98), name
 
 
@@ -81,7 +82,7 @@ def test_batch_size_of_verify(tmp_path):
             report = verify(EMBEDDED_MODEL, EMBEDDED_MODEL, tmp_path / str(size), options)
         found.append((max(rows), report))
     (few, single), (many, several) = found
-    # Speed is measured at batch size 4, whatever this one is.
+    # Speed is measured at batch size 4, regardless of this one.
     assert (few, many) == (4, 16)
     for key in ("elbo_dense", "elbo_pruned", "masked_dense", "ratio_low"):
         assert single["quality"][key] == pytest.approx(several["quality"][key], rel=1e-5), key
@@ -99,7 +100,7 @@ def stock():
 
 @pytest.mark.parametrize("make", [ours, stock])
 def test_the_device_asked_for_takes_the_place_of_llm_compressors_choice(make, tokenizer, golden_windows, monkeypatch):
-    """As on a machine with an accelerator, which a meta device stands for: weights brought there are lost."""
+    """As on a machine with an accelerator, represented by a meta device: weights moved there are lost."""
     windows = golden_windows[:2, :64]
     expected = pruned(make(), tokenizer, windows)[0]
     for pipeline in (data_free_pipeline, sequential_pipeline):

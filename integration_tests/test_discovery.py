@@ -1,4 +1,4 @@
-"""Discovery, each case in a fresh interpreter: what counts is the state that a user's process is in."""
+"""Discovery, each case in a fresh interpreter, as in a user's process."""
 
 import os
 import subprocess

@@ -2,7 +2,7 @@
 
 A page's placeholders and hub names are files and directories here (:func:`workshop`), so that little is replaced; what
 is, is in ``SMALLER`` and only makes a run shorter. What can't be run here is in ``NOT_RUN`` with the reason. An example
-that is neither run nor listed fails, and so does an entry of the list that no page prints any more.
+that is neither run nor listed fails, as does an entry of the list that no page prints any more.
 """
 
 import functools
@@ -60,7 +60,7 @@ SMALLER = {
     r"--tasks gsm8k\b": "--tasks own_cloze --include_path tasks",
     # The embedded model's longest sequence has 256 tokens.
     r"(block_length|steps|max_gen_toks)=256": r"\1=64",
-    # What a model that was pruned with care should reach.
+    # The limits that a carefully pruned model should meet.
     r"--max-ppl-increase 5\b": "--max-ppl-increase 500",
     r"--min-agreement 0.5": "--min-agreement 0",
     r"--max-size-ratio 0.6": "--max-size-ratio 1",
@@ -139,11 +139,11 @@ def bench(workshop, tmp_path, monkeypatch):
 
 
 def words_of(example):
-    """What a shell makes of a command: words, after its own comments, quotes and variables."""
+    """How a shell parses a command: words, after comments, quotes and variables."""
     text = example.text
     for pattern, replacement in SMALLER.items():
         text = re.sub(pattern, replacement, text)
-    # A list of words, in which a line break is nothing and nothing is run.
+    # A list of words, in which line breaks are ignored and nothing is run.
     script = "\n".join([*example.variables, f"words=({text}\n)", "printf '%s\\0' \"${words[@]}\""])
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, timeout=60, env=environment)
@@ -167,7 +167,7 @@ def run_in_process(program, arguments, monkeypatch):
             from lm_eval import tasks
             from lm_eval.__main__ import cli_evaluate
 
-            # Reading the list of the harness's thousands of own tasks takes longer than everything else.
+            # Reading the harness's list of its thousands of tasks takes longer than everything else.
             own = functools.partial(tasks.TaskManager, include_defaults=False)
             monkeypatch.setattr(tasks, "TaskManager", own)
             cli_evaluate()
@@ -206,7 +206,7 @@ def test_a_documented_python_example_runs(example, bench, tokenizer, golden_wind
 
     from sinkprune_plugin.modifiers.oneshot_flow import calibration_dataset
 
-    # What a page has introduced before, or leaves to the reader.
+    # What a page introduced earlier, or leaves to the reader.
     names = {
         "oneshot": oneshot,
         "model": load_model(EMBEDDED_MODEL, torch.bfloat16),
@@ -242,6 +242,6 @@ def test_commands_within_sentences_name_what_there_is(page, text):
     known = typer.main.get_command(cli.app).commands
     assert name in known, page
     if name == "serve":
-        # What stands behind the directory is vLLM's.
+        # What follows the directory goes to vLLM.
         options = []
     assert {word for word in options if word.startswith("-")} <= {o for p in known[name].params for o in p.opts}, page

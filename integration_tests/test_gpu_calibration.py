@@ -1,4 +1,4 @@
-"""Both modifiers on a GPU, from a model that was loaded on the CPU: what offloading does there."""
+"""Both modifiers on a GPU, from a model that was loaded on the CPU: how offloading works there."""
 
 import pytest
 import torch

@@ -153,7 +153,7 @@ def test_device_maps_with_offloading_give_the_same_logits(kind, dream, tmp_path)
         )
         ids_there, mask_there = ids.to(model.device), mask.to(model.device)
         logits = model(ids_there, attention_mask=mask_there).logits.cpu()
-        # With "auto" this may be an accelerator, whose kernels add up in another order.
+        # With "auto" this may be an accelerator, whose kernels sum in another order.
         torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-4)
 
 

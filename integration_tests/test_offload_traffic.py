@@ -1,4 +1,4 @@
-"""How often an offloaded model's weights are brought in, counted where compressed-tensors does it."""
+"""How often an offloaded model's weights are onloaded, counted where compressed-tensors does it."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ CASES = [
 
 @pytest.fixture
 def traffic(monkeypatch):
-    """Bytes brought in since the test began; each time a copy, as from another device."""
+    """Bytes onloaded since the test began; each time a copy, as from another device."""
     brought_in = []
     original = CPUCache.onload
 
@@ -59,7 +59,7 @@ def test_weights_come_in_once_for_each_sweep(cls, fields, tokenizer, golden_wind
 
 @pytest.mark.parametrize(("cls", "fields"), CASES)
 def test_offloaded_weights_get_the_same_zeros(cls, fields, tokenizer, golden_windows, request, monkeypatch):
-    """What is onloaded is a copy here, so a weight that is not written back, or solved on a stale copy, shows."""
+    """What is onloaded is a copy here, so weights that aren't written back, or solved on a stale copy, show."""
     monkeypatch.setattr(wanda_base, "ONE_SWEEP_BYTES", 0)
     pruned = []
     for offloaded in (False, True):

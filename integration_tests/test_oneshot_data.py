@@ -1,4 +1,4 @@
-"""Data sets as people have them in oneshot(): empty rows, headings, paragraphs, in an order that is shuffled."""
+"""Real-life data sets in oneshot(): empty rows, headings, paragraphs, in shuffled order."""
 
 import os
 import re
@@ -65,7 +65,7 @@ def readme_call():
 
 
 def as_printed(directory):
-    """Lay out what README's call names: the model, the recipe and the data set, with the hub's names and layout."""
+    """Create what README's call names: the model, the recipe and the data set, with the hub's names and layout."""
     (directory / "GSAI-ML").mkdir()
     (directory / "GSAI-ML" / "LLaDA-8B-Instruct").symlink_to(EMBEDDED_MODEL)
     (directory / "recipes").symlink_to(RECIPES)
@@ -107,7 +107,7 @@ def test_the_call_in_readme_without_packing_runs_twice_alike(tmp_path):
     call = readme_call()
     assert "concatenate_data=True" in call
     call = re.sub(r" *concatenate_data=True.*\n", "", call)
-    # Fewer than there are, so that the choice among them shows.
+    # Fewer than there are, so that the choice among them matters.
     call = call.replace("num_calibration_samples=128", "num_calibration_samples=6")
     as_printed(tmp_path)
     (printed, first), (_, second) = (run_readme_call(call, tmp_path, seed) for seed in (1, 2))

@@ -87,7 +87,7 @@ def test_every_recipe_in_a_script_that_imports_nothing_of_ours(recipe, pruned_by
     assert {name.removesuffix(".weight") for name in tensors.sparse_names} == {
         name.removesuffix(".weight") for name in pruned
     }
-    # The saved recipe says the same as the one that went in, and can be used again.
+    # The saved recipe equals the original one, and can be used again.
     saved = yaml.safe_load((output / "recipe.yaml").read_text())
     given = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
     (stage,) = given
@@ -225,7 +225,7 @@ def test_the_head_is_pruned_where_it_is_named(cls, model, tokenizer, golden_wind
 
 @pytest.mark.parametrize("cls", ALL)
 def test_blocks_that_are_offloaded_to_disk(cls, tokenizer, golden_windows, tmp_path):
-    """Weights that live elsewhere between calls are read and written through their offload."""
+    """Weights that are elsewhere between calls are read and written through their offload."""
     from transformers import AutoModelForCausalLM
 
     plain = load_model(EMBEDDED_MODEL, torch.float32)

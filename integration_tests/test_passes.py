@@ -1,4 +1,4 @@
-"""The engine of calibration passes: order of runs, hidden states on disk, limits, what it tells beforehand."""
+"""The engine of calibration passes: order of runs, hidden states on disk, limits, the estimate beforehand."""
 
 import contextlib
 import gc
@@ -108,7 +108,7 @@ def test_the_dense_stream_stays_that_of_the_dense_model(model, golden_windows):
                 torch.testing.assert_close(dense, expected[number][block.index], rtol=0, atol=0)
                 assert torch.equal(dense, pruned) == (block.index == 0)
             block.run(dense=watch("dense"), advance=True)
-            # Behind the engine's back, so that only the pruned stream of the next block differs.
+            # Without the engine noticing, so that only the pruned stream of the next block differs.
             for states in block._engine._hidden._states:
                 states.mul_(0.5)
 
@@ -233,7 +233,7 @@ def test_the_run_says_what_it_will_take(cls, fields, line, model, tokenizer, gol
     run_oneshot(model, tokenizer, cls(**QUICK, **fields), golden_windows[:2, :64])
     logger.remove(number)
     assert sum(line in each for each in lines) == 1
-    # What it says is what it does, less the last block's outputs, which nobody needs where they come extra.
+    # The estimate equals the actual runs, minus the extra runs for the last block's outputs, which aren't needed.
     said = int(next(each for each in lines if line in each).split(" runs of a block")[0].split(", ")[-1])
     extra = 2 * len(golden_windows[:2]) if "48" not in line else 2
     assert len(runs) == (said if said == 24 else said - extra)

@@ -86,7 +86,7 @@ def test_output_dir_and_save_pretrained_write_the_same(tokenizer, windows, tmp_p
 
 
 def test_sizes_on_disk(tokenizer, windows, tmp_path):
-    """bfloat16: 2:4 takes 9/16 of dense and 16 bytes a weight; 50 % unstructured the same and 8 bytes a row."""
+    """bfloat16: 2:4 takes 9/16 of dense and 16 bytes per weight; 50 % unstructured the same and 8 bytes per row."""
     sizes = {}
     for name, modifier in {
         "dense": wanda(save_format="dense"),
@@ -178,7 +178,7 @@ def test_a_model_loaded_from_a_sparse_checkpoint_is_pruned_and_saved_again(model
     reader = load_sparse_checkpoint(tmp_path / "second")
     assert reader.format == "sparse-24-bitmask"
     same_state(again, AutoModelForCausalLM.from_pretrained(tmp_path / "second", dtype=torch.float32))
-    # llm-compressor saves with the config.json of the source, of which the sparsity is no longer true.
+    # llm-compressor saves with the config.json of the source, whose sparsity is no longer valid.
     again.save_pretrained(str(tmp_path / "dense"), save_compressed=False)
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     same_state(again, AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32))

@@ -1,4 +1,4 @@
-"""The estimate for models of real size, held against what a small model really does."""
+"""The estimate for models of real size, compared with what a small model really does."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""`sinkprune serve` up to vLLM's door: what is refused, what vLLM is called with, and how it is ended.
+"""`sinkprune serve` up to the call of vLLM: what is refused, the arguments of vLLM, and how it is ended.
 
-The server itself is in test_vllm_server.py. Here a package of the name vllm stands where it is called and says how.
+The server itself is in test_vllm_server.py. Here a package named vllm takes its place and reports how it is called.
 """
 
 import json
@@ -41,7 +41,7 @@ CLI = "from sinkprune_plugin.cli import main; main()"
 
 
 def install(folder, version):
-    """A distribution vllm of that version that says how it is called."""
+    """A distribution vllm of that version that reports how it is called."""
     package = folder / "vllm" / "entrypoints" / "cli"
     package.mkdir(parents=True)
     for directory in (package, package.parent, package.parent.parent):

@@ -69,7 +69,7 @@ def test_mass_of_a_bfloat16_model_is_summed_in_float32(inputs):
     with torch.no_grad(), capture_attention_mass() as capture:
         model(inputs)
     assert capture.mass.dtype == torch.float32
-    # Sums of float32 probabilities, though queries and keys are bfloat16: exactly one a query up to float32 rounding.
+    # Sums of float32 probabilities, though queries and keys are bfloat16: exactly one per query up to float32 rounding.
     torch.testing.assert_close(capture.mass.sum(dim=1), torch.full((2,), 3 * 4 * 20.0), rtol=1e-5, atol=0)
 
 

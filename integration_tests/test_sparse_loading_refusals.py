@@ -52,7 +52,7 @@ def test_a_damaged_expert_is_refused_in_one_line(tmp_path, damage):
 
 
 def test_tensor_parallel_model_is_refused():
-    """The loader would cut the parts of a weight where it should cut the weight."""
+    """The loader would split the parts of a weight where it should split the weight."""
     from torch.distributed import HashStore, destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
@@ -89,7 +89,7 @@ def test_hostile_format_is_refused_and_nothing_imported(llama, tmp_path, method,
 @pytest.mark.parametrize("method", ["compressed-tensors-sparse", "compressed-tensors"])
 @pytest.mark.parametrize("dtype", [torch.float32, "auto"])
 def test_dense_format_without_quantization(llama, tmp_path, method, dtype):
-    """What old releases of llm-compressor write for a pruned model; transformers by itself fails on it."""
+    """What old releases of llm-compressor write for a pruned model; transformers on its own fails on it."""
     llama.save_pretrained(tmp_path)
     edit_config(tmp_path, quantization_config=quantization_config("dense", method))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)

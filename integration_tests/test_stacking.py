@@ -1,4 +1,4 @@
-"""Quantizers and scalings behind a pruning modifier in one recipe: the zeros stay."""
+"""Quantizers and scalings after a pruning modifier in one recipe: the zeros stay."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def windows(golden_windows):
 
 @pytest.fixture
 def pruned_alone(model, tokenizer, windows):
-    """Weights of the model as each modifier leaves it, without anything behind."""
+    """Weights of the model as each modifier leaves it, with no modifier after it."""
     cache = {}
 
     def run(cls):
@@ -83,7 +83,7 @@ def decompressed(directory):
 
 
 def test_later_blocks_are_calibrated_on_weights_with_the_zeros_put_back(model, tokenizer, windows):
-    """What block 1 gets while GPTQ looks at it comes from a block 0 that is quantized and sparse already."""
+    """While GPTQ calibrates block 1, its inputs come from a block 0 that is already quantized and sparse."""
     first, second = model.model.transformer.blocks[:2]
     seen = []
     handles = [
@@ -134,7 +134,7 @@ def test_rotations_behind_pruning_are_refused(cls, model, tokenizer, windows):
 
 
 class ShiftModifier(Modifier):
-    """Someone else's modifier, which this package knows nothing of."""
+    """A third-party modifier that this package doesn't know."""
 
     def on_initialize(self, state, **kwargs):
         return True

@@ -1,6 +1,6 @@
-"""The cells of README's support matrix that no other test backs: stock tools, without this package, on what we write.
+"""The cells of README's support matrix that no other test backs: stock tools, without this package, on our checkpoints.
 
-Each reader runs in a process of its own in which torch doesn't autoload extensions, so that nothing of ours is there.
+Each reader runs in a separate process in which torch doesn't autoload extensions, so this package isn't loaded.
 """
 
 import json
@@ -80,7 +80,7 @@ def test_stock_transformers_loads_dense(checkpoints):
 
 @pytest.mark.parametrize("output", ["sparse-bitmask", "sparse-24-bitmask"])
 def test_stock_transformers_warns_of_the_key_and_makes_new_weights(output, checkpoints):
-    """Not the refusal one would wish for: transformers 5.17 skips a quantization it doesn't know."""
+    """Not a clear refusal: transformers 5.17 skips a quantization it doesn't know."""
     done = without_us(LOAD, checkpoints / output, checkpoints / "source" / "model.safetensors")
     assert done.stdout.split("\n")[-2:] == ["other weights", ""], done.stderr[-1500:]
     assert "Unknown quantization type, got compressed-tensors-sparse" in done.stderr

@@ -1,4 +1,4 @@
-"""Two processes over gloo give what one gives: each weight solved and written by one of them, errors shared."""
+"""Two processes over gloo give the result of one: each weight solved and written by one of them, errors shared."""
 
 import json
 import os

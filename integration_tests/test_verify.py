@@ -1,4 +1,4 @@
-"""`sinkprune verify` as a user runs it: report, bars and exit codes, bad input, and the page in a real browser."""
+"""`sinkprune verify` as a user runs it: report, limits and exit codes, bad input, and the page in a real browser."""
 
 import json
 import re
@@ -163,7 +163,7 @@ def test_page_in_a_browser(report, tmp_path, width):
     });</script>"""
     page.write_text((report / "report.html").read_text() + probe)
     frame = tmp_path / "frame.html"
-    # Chromium's own window isn't made narrower than about 500 pixels; a frame is as narrow as it is told.
+    # Chromium's own window isn't made narrower than about 500 pixels; a frame can be as narrow as needed.
     frame.write_text(
         f"<iframe id=f src='report.html' style='width:{width}px;height:2000px;border:0'></iframe>"
         "<script>f.onload = () => setTimeout(() => document.title = f.contentDocument.title, 300)</script>"

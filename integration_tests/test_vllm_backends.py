@@ -1,4 +1,4 @@
-"""vLLM behind `sinkprune verify` and behind lm-evaluation-harness."""
+"""vLLM as backend of `sinkprune verify` and of lm-evaluation-harness."""
 
 import json
 import subprocess
@@ -58,7 +58,7 @@ def test_lm_eval_answers_are_the_same_from_both_backends(checkpoints):
         lm = SinkpruneLM(str(checkpoints / "sparse"), backend=backend, block_length=8, cache="dual", max_length=128)
         answers[backend] = lm.generate_until(requests, disable_tqdm=True)
         if backend == "vllm":
-            # See vllm_engine: an engine that is dropped takes the process's parallel state with it.
+            # See vllm_engine: an engine that is garbage-collected destroys the process's parallel state.
             import vllm_engine
 
             vllm_engine._ENGINES.append(lm)

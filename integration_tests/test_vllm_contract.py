@@ -1,4 +1,4 @@
-"""What the adapter relies on in vLLM, so that another version fails here and says where, not in a running engine."""
+"""What the adapter relies on in vLLM: an incompatible version fails here with a clear cause, not in an engine."""
 
 import inspect
 

@@ -1,6 +1,6 @@
 """Tokens from vLLM's engine, many requests at once, equal those of the plain sampler one by one.
 
-Both compute in float32, in other orders; that a tie of two confidences falls differently is possible and has not been
+Both compute in float32, in other orders; a tie of two confidences could be resolved differently but this hasn't been
 seen, so equality is asserted without tolerance.
 """
 
@@ -87,7 +87,7 @@ def test_greedy_tokens_equal_those_of_the_plain_sampler(cache, engine, plain, te
         # The last block is short.
         (40, 20, {"block_length": 8}),
         (9, 50, {"block_length": 32, "steps": 20}),
-        # Less wanted than generated: the answer is cut, inside a block too.
+        # Fewer tokens requested than generated: the answer is cut, inside a block too.
         (12, 10, {"block_length": 8, "gen_length": 64}),
         (80, 16, {"block_length": 16, "gen_length": 32, "steps": 8}),
         # An end of sequence inside a block.
@@ -105,7 +105,7 @@ def test_greedy_tokens_equal_those_of_the_plain_sampler(cache, engine, plain, te
 
 
 def test_everything_mixed_in_one_batch(engine, plain, text_ids):
-    """Every remasking, thresholds, noise and filters, and all caches, side by side."""
+    """Every remasking, thresholds, noise and filters, and all caches, in one batch."""
     rng = random.Random(1)
     requests = []
     for number in range(24):
@@ -151,7 +151,7 @@ def test_n_samples_have_seeds_that_count_up(engine, plain, text_ids):
 
 
 def test_preemption_changes_nothing(plain, text_ids):
-    """Room for two of eight requests: they push each other out, and blocks begun are done again."""
+    """Room for two of eight requests: they preempt each other, and started blocks are done again."""
     prepare_vllm()
     from vllm.v1.core.sched.scheduler import Scheduler
 

@@ -50,7 +50,7 @@ def test_registering_again_changes_nothing(tmp_path):
     register()
     assert DefaultModelLoader.get_all_weights is loading
     assert methods == quantization.QUANTIZATION_METHODS
-    # What vLLM needs on the class stays out of the files.
+    # What vLLM needs on the class isn't written to the files.
     config = LLaDAConfig()
     assert config.canvas_length
     config.save_pretrained(tmp_path)
@@ -109,8 +109,7 @@ def test_dream_gives_the_logits_of_the_plain_model(changes, tmp_path, load, logi
 
 
 def test_bfloat16_rounds_as_the_native_class(tmp_path, load, logits):
-    """Norms and rotary embedding in float32, everything else in bfloat16: the two differ by roundings, no more than the
-    native class differs from itself in float32."""
+    """Norms and rotary embedding in float32, the rest in bfloat16: as near as the native class is to itself in float32."""
     torch.cpu._init_amx()
     config, _ = write_llada(tmp_path, d_model=96, n_layers=3)
     tokens = tokens_of(config)

@@ -1,4 +1,4 @@
-"""README's server and client, and what the server does with chat, streams, nonsense, clients that leave, and Ctrl-C."""
+"""README's server and client: chat, streams, invalid input, clients that disconnect, and Ctrl-C."""
 
 import asyncio
 import json
@@ -32,13 +32,13 @@ def process_of_server(tmp_path_factory):
     """Address, process and log of the one server of this module: README's command with the embedded model."""
     folder = tmp_path_factory.mktemp("server")
     log, template = folder / "server.log", folder / "template.jinja"
-    # The embedded model is no chat model and has no template of its own.
+    # The embedded model isn't a chat model and has no template.
     template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
     (line,) = re.findall(r"^sinkprune serve .*$", README, re.MULTILINE)
     _, serve, directory, *options = shlex.split(line)
     assert (serve, directory) == ("serve", "demo-output/sink-aware-sparsegpt")
     command = [SINKPRUNE, serve, EMBEDDED_MODEL, *options, "--chat-template", template]
-    # Few slots, so that clients that leave must make room for others.
+    # Few slots, so that clients that disconnect must free theirs for others.
     command += ["--diffusion-config", '{"canvas_length": 128}', "--max-num-seqs", "8"]
     if torch.cuda.is_available():
         command += ["--dtype", "float32", "--enforce-eager"]
@@ -213,7 +213,7 @@ def _nonsense(rng):
     kind = rng.randrange(4)
     options = ["block_length", "steps", "gen_length", "cache", "temperature", "remasking", "threshold", "seed"]
     if kind == 0:
-        # One option with nonsense that no reading makes right.
+        # One option with an invalid value.
         wrong = ["", "x" * 50, [1, "a"], -1, 10**30, "８", "1e400", "nan", "-3"]
         body["vllm_xargs"] = {f"dlm_{rng.choice(options)}": rng.choice(wrong)}
     elif kind == 1:
@@ -251,7 +251,7 @@ def test_ctrl_c_ends_the_server_within_seconds_although_a_client_waits(process_o
     with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=TIMEOUT) as response:
         next(response.iter_lines())
         started = time.monotonic()
-        # To this process alone: in a terminal, the server's own ones have a session of their own.
+        # To this process alone: in a terminal, the server's processes have a separate session.
         process.send_signal(signal.SIGINT)
         status = process.wait(60)
         # Five seconds for the server, two for its processes, and a busy machine.

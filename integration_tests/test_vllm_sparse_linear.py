@@ -39,7 +39,7 @@ def test_slices_of_two_ranks(sparse_format, rank, pretend):
         "v_proj": two_of_four(16, 32, torch.float32),
         "gate_proj": two_of_four(24, 32, torch.float32),
         "up_proj": two_of_four(24, 32, torch.float32),
-        # 2:4 along the columns, which are cut here: 12 of 24 for each rank.
+        # 2:4 along the columns, which are split here: 12 of 24 for each rank.
         "down_proj": two_of_four(32, 24, torch.float32),
     }
     pretend(rank, 2)
@@ -69,7 +69,7 @@ def sparse_linear():
 
 def test_choice_of_the_kernel(sparse_linear):
     assert sparse_linear.is_faster([1.0, 2.0, 4.0], [0.7, 1.3, 2.6])
-    # Slower where it is slow by more than it is faster elsewhere, and not for a gain within the noise.
+    # Refused if its losses outweigh its gains, and for a gain within the noise.
     assert not sparse_linear.is_faster([1.0, 1.0, 1.0], [2.5, 0.8, 0.7])
     assert not sparse_linear.is_faster([1.0, 1.0, 1.0], [0.97, 0.98, 0.96])
     assert sparse_linear.is_faster([1.0, 1.0, 1.0], [1.2, 0.7, 0.7])
@@ -99,12 +99,12 @@ def test_only_two_of_four_is_compressed(sparse_linear):
     assert sparse_linear.is_two_of_four(weight[:, 64:])
     weight[5, 8:11] = 1
     assert not sparse_linear.is_two_of_four(weight)
-    # Nothing of this machine's weights is, without a GPU.
+    # Without a GPU no weight is.
     assert torch.cuda.is_available() or not sparse_linear.runs_sparse(two_of_four(64, 128))
 
 
 def as_the_kernel(packed, dense, bias=None, transpose_result=False):
-    """What ``torch._cslt_sparse_mm`` does and demands, on a "compressed" weight that is a mere copy."""
+    """What ``torch._cslt_sparse_mm`` does and requires, on a "compressed" weight that is only a copy."""
     assert bias is None
     assert dense.shape[1] % 8 == 0
     product = packed @ dense

@@ -120,7 +120,7 @@ def load_stored(folder):
 
 
 def test_parts_spread_over_files(pruned, tmp_path, load, logits):
-    """Each kind of part in a file of its own, and the oldest layout: full names, under ``compression_config``."""
+    """Each kind of part in a separate file, and the oldest layout: full names, under ``compression_config``."""
     folder, config = pruned
     tokens = tokens_of(config)
     expected = logits(*load(folder), tokens)
@@ -258,8 +258,8 @@ for folder in sys.argv[1:]:
 def test_greedy_tokens_of_an_ordinary_model(tmp_path):
     """A stock architecture through the whole engine: dense, sparse and legacy give the same tokens.
 
-    In a process of its own with the older runner: the newer one's stock sampler has kernels that Triton's interpreter
-    doesn't run, and vLLM settles on a runner once for a process.
+    In a separate process with the older runner: the newer one's stock sampler has kernels that Triton's interpreter
+    doesn't run, and vLLM chooses a runner once per process.
     """
     skip_without_vllm()
     folder = tmp_path / "dense"

@@ -1,4 +1,4 @@
-"""A real vLLM engine in this process, and a real server beside it, on a machine without a GPU as well."""
+"""A real vLLM engine in this process, and a real server in other processes, on a machine without a GPU as well."""
 
 import contextlib
 import importlib.util
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-# Kept to the end of the process: an engine that is garbage-collected takes the process's parallel state with it, and
-# with that every other engine.
+# Kept to the end of the process: an engine that is garbage-collected destroys the process's parallel state, and with it
+# every other engine.
 _ENGINES = []
 SINKPRUNE = Path(sys.executable).with_name("sinkprune")
 
@@ -59,7 +59,7 @@ def make_engine(model, **options):
     import torch
 
     if not torch.cuda.is_available():
-        # 16 000 tokens of cache, enough for all that the tests do at once; the default is a gigabyte an engine.
+        # 16 000 tokens of cache, enough for all that the tests do at once; the default is a gigabyte per engine.
         settings |= {"num_gpu_blocks_override": 128, "block_size": 128}
     engine = LLM(model=str(model), **(settings | options))
     _ENGINES.append(engine)
@@ -74,7 +74,7 @@ def free_port():
 
 @contextlib.contextmanager
 def serving(command, log):
-    """The OpenAI-compatible server in processes of its own, started as a user starts it.
+    """The OpenAI-compatible server in separate processes, started as a user starts it.
 
     :param command: `sinkprune serve …` without a port
     :param log: file for what it prints

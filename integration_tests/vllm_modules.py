@@ -1,4 +1,4 @@
-"""Checkpoints as vLLM modules in this process: loaded by vLLM's loader, run over the tokens of one request."""
+"""Checkpoints as vLLM modules in this process: loaded by vLLM's loader, run on the tokens of one request."""
 
 from contextlib import contextmanager
 

@@ -11,7 +11,7 @@ from sinkprune_plugin.errors import UsageError
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Function that lets torch see a kind of accelerator, or none."""
+    """Function that makes torch see a kind of accelerator, or none."""
 
     def see(kind, count=1):
         found = (torch.device(kind), count) if kind else (None, 0)
@@ -86,6 +86,6 @@ def test_weights_that_accelerate_offloaded_take_input_on_the_cpu():
 
 def test_weights_that_compressed_tensors_brings_to_a_device_take_input_there():
     model = WithEmbedding()
-    # "meta" stands for an accelerator that this machine may not have.
+    # "meta" represents an accelerator that this machine may not have.
     set_onload_device(model.embedding, torch.device("meta"))
     assert input_device(model) == torch.device("meta")

@@ -1,4 +1,4 @@
-"""Directories of results: whole or not at all, whatever else happens to the place meanwhile."""
+"""Directories of results: whole or not at all, whatever else happens in their place meanwhile."""
 
 import os
 import re
@@ -235,7 +235,7 @@ def test_permissions_are_those_of_anything_new_in_the_place(tmp_path):
     try:
         write(shared / "out", a="1")
         with updated_directory(shared / "out") as directory:
-            # For their owner alone, by itself.
+            # Private to their owner, unless changed.
             save_file({"x": torch.zeros(1)}, directory / "x.safetensors")
             (directory / "script").touch(mode=0o700)
     finally:

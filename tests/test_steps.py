@@ -1,4 +1,4 @@
-"""What a command shows while it works: one line for each step, warnings that matter, and nobody else's bars."""
+"""What a command shows while it works: one line for each step, warnings that matter, and no other library's bars."""
 
 import io
 import logging
@@ -18,7 +18,7 @@ NOISE = "Attempting to save a model with offloaded modules. Ensure that unalloca
 
 @pytest.fixture
 def pipe():
-    """A console that is no terminal, and what was written to it."""
+    """A console that isn't a terminal, and what was written to it."""
     file = io.StringIO()
     return Console(file=file, width=80), file
 

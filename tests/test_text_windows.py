@@ -13,7 +13,7 @@ EOS = 0
 
 
 class Characters:
-    """Tokenizer with one token a character, so that windows can be read back."""
+    """Tokenizer with one token per character, so that windows can be read back."""
 
     eos_token_id: int | None = EOS
 

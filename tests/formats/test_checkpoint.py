@@ -37,7 +37,8 @@ def test_legacy_layout_is_the_old_file_byte_for_byte(name, tmp_path):
         assert new.read_bytes() == (old / "model.safetensors").read_bytes()
     old, new = config_of(LEGACY / name), config_of(tmp_path / "sparse")
     for config in (old, new):
-        # Informational; the fixtures' writer was told a round number and another version, and not of the embeddings.
+        # Informational; the fixtures were written with a rounded number and another version, and without the
+        # embeddings.
         config["quantization_config"]["sparsity_config"].pop("global_sparsity")
         config["quantization_config"].pop("version")
     assert new == old
@@ -110,7 +111,7 @@ def test_targets_named_by_the_user_are_stored_sparse(tmp_path):
     written = save_sparse_checkpoint(tensors, tmp_path / "a", format="sparse-bitmask", targets=["lm_head.weight"])
     assert written.targets == ("lm_head.weight",)
     assert_same(load_sparse_checkpoint(tmp_path / "a"), tensors)
-    # Converting keeps it sparse, though nobody names it again.
+    # Converting keeps it sparse, though it isn't named again.
     again = convert_checkpoint(tmp_path / "a", tmp_path / "b", "sparse-24-bitmask")
     assert set(again.targets) == {"lm_head.weight", *TARGETS}
 
@@ -203,7 +204,7 @@ def test_parts_of_a_weight_in_different_files(tmp_path, sparse_format):
     tensors = load_file(tmp_path / "whole" / "model.safetensors")
     (tmp_path / "spread").mkdir()
     config = config_of(tmp_path / "whole")
-    # Whoever splits the files anew takes out what says that nobody did.
+    # Whoever splits the files again removes the digests.
     del config["quantization_config"]["sinkprune_sha256"]
     (tmp_path / "spread" / "config.json").write_text(json.dumps(config))
     parts = ["compressed", "bitmask", "shape", "row_offsets"]
@@ -215,7 +216,7 @@ def test_parts_of_a_weight_in_different_files(tmp_path, sparse_format):
         save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, tmp_path / "spread" / file)
     (tmp_path / "spread" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert_same(load_sparse_checkpoint(tmp_path / "spread"), model())
-    # Files that get nothing are closed up.
+    # Files that get nothing are skipped.
     convert_checkpoint(tmp_path / "spread", tmp_path / "dense", "dense")
     assert len(list((tmp_path / "dense").glob("*.safetensors"))) == 2
     assert_same(load_sparse_checkpoint(tmp_path / "dense"), model())

@@ -1,4 +1,4 @@
-"""What is copied along when a checkpoint is converted: its regular files, and nothing else of the machine."""
+"""What is copied when a checkpoint is converted: its regular files, and no other file of the machine."""
 
 import os
 import socket
@@ -65,7 +65,7 @@ def test_links_within_the_checkpoint_are_copied_as_files(source, tmp_path):
 
 
 def test_a_hub_cache_is_copied_from_its_store(tmp_path):
-    """As huggingface_hub lays it out: snapshots/REVISION holds links into blobs."""
+    """As huggingface_hub arranges it: snapshots/REVISION holds links into blobs."""
     repository = tmp_path / "hub" / "models--a--b"
     (repository / "blobs").mkdir(parents=True)
     snapshot = write_dense(repository / "snapshots" / "0123abc", model())

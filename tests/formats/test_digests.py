@@ -1,4 +1,4 @@
-"""Digests of the weight files: what shows a change that the formats themselves can't."""
+"""Digests of the weight files: they reveal a change that the formats themselves can't."""
 
 import hashlib
 import json
@@ -81,7 +81,7 @@ def test_two_flipped_bits_that_cancel(checkpoint):
     for use in all_uses(checkpoint):
         with pytest.raises(UsageError, match=r"model-00002-of-00003\.safetensors isn't the file that was written: its"):
             use()
-    # Without digests nobody can know.
+    # Without digests it can't be detected.
     edit_block(checkpoint, **{KEY: ...})
     for use in all_uses(checkpoint):
         use()
@@ -158,7 +158,7 @@ def test_digests_of_the_wrong_type(checkpoint, value):
 
 
 def test_quantized_checkpoints_have_them_too(tmp_path):
-    """Beside the quantization's own keys, and gone with the sparsity."""
+    """Next to the quantization's own keys, and removed with the sparsity."""
     quantization = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"a": 1}}
     tensors = {"l.0.q.weight": unstructured(16, 32, dtype=torch.int8), "l.0.q.weight_scale": torch.ones(16, 1)}
     config = CONFIG | {"quantization_config": quantization}

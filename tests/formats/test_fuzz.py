@@ -1,4 +1,4 @@
-"""Damaged checkpoints of every kind: read right or refused in one short line, within little memory and time."""
+"""Damaged checkpoints of every kind: read correctly or refused in one short line, within little memory and time."""
 
 import contextlib
 import json
@@ -93,7 +93,7 @@ def damage_shapes(data, folder):
             if data.draw(st.booleans()):
                 entry["data_offsets"][1] = entry["data_offsets"][0]
     if data.draw(st.booleans()):
-        # Close the gaps, so that the file is a whole one.
+        # Close the gaps, so that the file is complete.
         kept, end = b"", 0
         for entry in sorted((header[name] for name in names), key=lambda entry: entry["data_offsets"]):
             begin, stop = entry["data_offsets"]
@@ -124,7 +124,7 @@ def damage_names(data, folder):
 
 
 def damage_files(data, folder):
-    """Truncated, empty, replaced, missing; other kinds of files, links, and sizes that nobody wants copied."""
+    """Truncated, empty, replaced, missing; other kinds of files, links, and files too large to be copied."""
     place = folder / data.draw(st.sampled_from([*sorted(file.name for file in folder.iterdir()), "extra.txt"]))
     kind = data.draw(st.sampled_from(["cut", "empty", "gone", "fifo", "directory", "huge", "link", "copy"]))
     content = place.read_bytes() if place.exists() else b"{}"
@@ -221,7 +221,7 @@ def _outcome(use):
 
 @pytest.fixture(scope="module")
 def llamas(tmp_path_factory):
-    """A Llama of one block in both formats, in one file and in several, without digests: each would tell of damage."""
+    """A Llama of one block in both formats, in one file and in several, without digests: each would reveal damage."""
     folder = tmp_path_factory.mktemp("llamas")
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 16}
     config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
@@ -245,7 +245,7 @@ def llamas(tmp_path_factory):
 @settings(deadline=None, max_examples=80, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_transformers_takes_no_sparse_checkpoint_that_we_refuse(llamas, tmp_path, data):
-    """And gives the same weights where both take it. What it says of files that aren't whole is its own business."""
+    """And gives the same weights where both accept it. What it says about incomplete files isn't compared."""
     folder = tmp_path / "c"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(data.draw(st.sampled_from(llamas)), folder)

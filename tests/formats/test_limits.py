@@ -1,4 +1,4 @@
-"""What a few bytes claim: rows without columns, numbers and names of any length. Harmless, or refused in a line."""
+"""Claims made by a few bytes: rows without columns, numbers and names of any length. Harmless, or refused in a line."""
 
 import json
 import struct
@@ -24,7 +24,7 @@ def _memory():
 
 
 def write_header(file, tensors, data=b""):
-    """A safetensors file of which the header says anything.
+    """A safetensors file with an arbitrary header.
 
     :param tensors: name → (dtype, shape, number of bytes)
     """

@@ -1,4 +1,4 @@
-"""What is asked of a writer and a reader: options, sources, targets in place, laziness, memory."""
+"""What a writer and a reader must do: options, sources, targets in place, laziness, memory."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Headers written here are the library's own, and only whole files are taken for files."""
+"""Headers written here equal the library's own, and only complete files are accepted."""
 
 import json
 import struct

@@ -43,7 +43,7 @@ TARGETS = sorted(
 
 
 def write_dense(directory, tensors, shards=1, config=CONFIG):
-    """A dense checkpoint with all the files that usually lie beside the weights."""
+    """A dense checkpoint with all the files that are usually next to the weights."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     for name in (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def limited_memory(more=400_000_000):
-    """Let allocations fail that would take the address space over what it has now and some bytes more. Linux only.
+    """Make allocations fail that would grow the address space by more than some bytes. Linux only.
 
     :param more: how many; torch's buffers and Python's own growth included
     """

@@ -1,6 +1,6 @@
 """Small random checkpoints in the official layouts, written without the package: config.json, tensors, a Python file.
 
-Each folder holds a Python file of the name that ``auto_map`` gives, which leaves a trace if anyone executes it.
+Each folder holds a Python file of the name that ``auto_map`` gives, which leaves a trace if it is executed.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""Samplers written out plainly, without anything of the package but its noise: the tests' references.
+"""Samplers written out plainly, using nothing of the package except its noise: the tests' references.
 
-One prompt, one loop over blocks and one over steps, as LLaDA's published sampler goes about it. Attention caches are
-played by full forward passes whose keys and values are overwritten with recorded ones at the positions that count as
-cached: nothing is left out of a pass, so no position can be mistaken for another.
+One prompt, one loop over blocks and one over steps, as in LLaDA's published sampler. Attention caches are emulated by
+full forward passes whose keys and values are overwritten with recorded ones at the positions that count as cached:
+nothing is left out of a pass, so no position can be mistaken for another.
 """
 
 import torch
@@ -35,12 +35,12 @@ class Replay(TorchFunctionMode):
 
 
 def shifted(logits, shift):
-    """Row i predicts position i; as Dream's published sampler does it."""
+    """Row i predicts position i; as in Dream's published sampler."""
     return torch.cat([logits[:, :1], logits[:, :-1]], dim=1) if shift else logits
 
 
 def plain_logits(model, cfg_scale=0.0, mask=None, shift=0):
-    """The published way: everything in each step. Called as ``logits(x, begin, end, step)``, gives (1, T, V)."""
+    """The published method: everything in each step. Called as ``logits(x, begin, end, step)``, gives (1, T, V)."""
 
     def logits(x, begin, end, step):
         result = shifted(model(x).logits, shift)
@@ -72,7 +72,7 @@ def plain_cached_logits(model, cache, prompt_length, shift=0):
                 result, state["kept"] = run(x[:, :begin], range(edge))
                 state["before"], logits.committed = result[:, -1:], begin
             result, _ = run(x[:, :end], range(begin))
-            # Nothing behind the block exists in this mode; nobody looks there.
+            # Nothing after the block exists in this mode, so it isn't read.
             result = F.pad(result, (0, 0, 0, length - end))
         elif step == 0:
             state["kept"] = None
@@ -114,7 +114,7 @@ def plain_denoise(
     for (first, last), block_steps in zip(blocks, steps, strict=True):
         begin, end = length + first, length + last
         masks = last - first
-        # Published: as many in each step, one more in the first ones where it doesn't divide.
+        # Published: as many in each step, one more in the first ones if there is a remainder.
         transfers = [masks // block_steps + (i < masks % block_steps) for i in range(block_steps)]
         for step in range(masks if threshold is not None else block_steps):
             masked = x == mask

@@ -191,7 +191,7 @@ def test_packed_weights_are_named_not_counted(tmp_path):
 
 
 def test_module_types_are_told_apart_by_as_many_names_as_needed(tmp_path):
-    """The last name does, unless a block has two that end alike; experts of a block count together."""
+    """The last name is enough, unless a block has two that end alike; experts of a block count together."""
     names = ["attn.c_proj", "mlp.c_proj", "mlp.experts.0.w1", "mlp.experts.1.w1", "attn.c_attn"]
     tensors = {f"h.{layer}.{name}.weight": two_of_four(8, 32) for layer in (0, 2, 10) for name in names}
     tensors |= {"wte.weight": dense(8, 32), "c_attn.weight": dense(8, 32), "h.0.ln_1.weight": torch.zeros(32)}

@@ -38,14 +38,14 @@ class Model(torch.nn.Module):
 
 
 def log_p(model, tokens, hidden, place, shift):
-    """log p of the token at a place where those at ``hidden`` are masked."""
+    """log p of the token at a position while those at ``hidden`` are masked."""
     noisy = [MASK if position in hidden else token for position, token in enumerate(tokens)]
     logits = model(torch.tensor([noisy])).logits[0, place - shift]
     return torch.log_softmax(logits.double(), dim=-1)[tokens[place]].item()
 
 
 def direct(model, context, answer, spec, mc_num, seed, ending=()):
-    """The estimate written plainly: one sample at a time, every masked token by itself."""
+    """The estimate written plainly: one sample at a time, every masked token separately."""
     tokens, length = [*context, *answer, *ending], len(answer)
     generator = sample_generator(seed, mc_num, torch.tensor(tokens))
     start = torch.rand((), generator=generator, dtype=torch.float64).item() * length
@@ -119,7 +119,7 @@ def test_neither_the_other_answers_nor_their_order_change_a_score():
 
 
 def test_the_seed_changes_a_score():
-    # Of ten tokens there are a thousand subsets, so that two seeds hardly draw the same.
+    # Ten tokens have a thousand subsets, so two seeds hardly draw the same.
     answer = [7, 2, 0, 5, 5, 6, 1, 2, 3, 4]
     scores = {answer_log_likelihoods(Model(), [4], [answer], PLAIN, mc_num=2, seed=seed)[0] for seed in range(5)}
     assert len(scores) == 5

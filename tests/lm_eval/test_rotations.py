@@ -43,9 +43,9 @@ def test_the_average_over_rotations_hides_a_preference_for_a_place():
     items = [
         rotations.process_results(doc, likes(doc, "c" if doc["question_id"] == "q7" else "2", 5.0)) for doc in rotated
     ]
-    # A place that is liked better than any answer: only where the right one stands there is it chosen.
+    # A place that is preferred over any answer: the right answer is chosen only if it is there.
     assert math.fsum(item["acc"] for item in items) == 2
-    # The average finds what is liked among the options: right for the first question, wrong for the second.
+    # The average finds the preferred option: right for the first question, wrong for the second.
     assert rotations.averaged_accuracy(item["acc_averaged"] for item in items) == 0.5
 
 

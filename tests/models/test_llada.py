@@ -202,7 +202,7 @@ def test_rope_full_precision_decides_where_bfloat16_rounds(full_precision):
     z = torch.complex(*unrotated.float().chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
     rounded_once = torch.cat((z.real, z.imag), dim=-1).bfloat16()
     equal = (capture.query == rounded_once).float().mean()
-    # Rounded once, at the end, both ways of multiplying agree but for a tie now and then; with rounding at each step
+    # Rounded once, at the end, both ways of multiplying agree except for rare ties; with rounding at each step
     # about half of the elements differ in their last bit.
     assert (equal > 0.999) == full_precision
 

@@ -24,7 +24,7 @@ def observe(model, names, x, seen):
     each = CalibrationPass({}, torch.ones(x.shape[:2]))
     observer = InputObserver(targets, lambda leader, value, _pass: seen.append((leader, value)))
     handles = observer.attach(lambda module, hook, kind, **kw: getattr(module, f"register_{kind}_hook")(hook, **kw))
-    # Outside of a pass nobody looks.
+    # Outside of a pass nothing is observed.
     model(x)
     assert not seen
     try:

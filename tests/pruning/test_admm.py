@@ -51,8 +51,8 @@ def test_equals_the_iteration_from_its_definition(seed, rows, groups, case):
     W, _, H = make_layer(seed, rows, 8 * groups)
     pruned, loss = solve(W, prepared(H), sparsity, structure, ADMMOptions(refine_iterations=0))
     expected, mask = plain_admm(W, H, sparsity, structure)
-    # A score that is nearly a tie may fall to the other side in float32, and moves weights of its own row and, where
-    # the threshold is shared, of one other.
+    # A score that is nearly a tie may fall to the other side in float32, which changes weights of its own row and,
+    # where the threshold is shared, of one other.
     alike = ((pruned == 0) == mask).all(dim=1)
     assert (~alike).sum() <= 2
     torch.testing.assert_close(pruned[alike].double(), expected[alike], rtol=1e-3, atol=1e-3)
@@ -156,7 +156,7 @@ def test_zeros_of_a_pruned_model_stay_and_count():
     pruned, _ = solve(W, prepared(H), 0.75, UNSTRUCTURED, fixed_zeros=zeros)
     assert int((pruned == 0).sum()) == 0.75 * W.numel()
     assert (pruned[zeros] == 0).all()
-    # More zeros than asked for: none comes back and none is added.
+    # More zeros than requested: none is filled and none is added.
     again, loss = solve(W, prepared(H), 0.3, UNSTRUCTURED, fixed_zeros=zeros)
     assert torch.equal(again == 0, zeros)
     assert loss == pytest.approx(0.0, abs=1e-4 * error_of(0 * W, W, H))

@@ -1,4 +1,4 @@
-"""Wrong use of the plain sampler: one line each, naming the thing, the number and the remedy."""
+"""Wrong input to the plain sampler: one line each, naming the thing, the number and the remedy."""
 
 import types
 

@@ -31,7 +31,7 @@ def text():
 
 @pytest.fixture(scope="module")
 def random_models(tmp_path_factory):
-    """Both families with random weights, whose predictions hang on every key and value."""
+    """Both families with random weights, whose predictions depend on every key and value."""
     folder = tmp_path_factory.mktemp("models")
     write_llada(folder / "llada", seed=1, n_kv_heads=2, max_sequence_length=128)
     write_dream(folder / "dream", seed=2)
@@ -137,7 +137,7 @@ def test_caches_equal_the_reference_on_the_embedded_model(embedded, text, cache)
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_caches_are_approximations_of_different_kinds(random_models, family):
-    """So that the equalities above couldn't hold by every cache being the exact computation."""
+    """The equalities above don't hold merely because every cache is the exact computation."""
     results = {
         cache: one(random_models[family], random_prompt(0, 10), gen_length=24, block_length=8, cache=cache).tolist()
         for cache in ["none", *CACHED]

@@ -92,7 +92,7 @@ def test_no_row_depends_on_the_others(seed, rows):
     tokens, confidence = propose(**batch, mask_token_id=MASK)
     for index in range(rows):
         token, sure = propose(**{name: values[index : index + 1] for name, values in batch.items()}, mask_token_id=MASK)
-        # Bit for bit: a request must not see its neighbours.
+        # Bit for bit: a request must not depend on its neighbours.
         assert (token.item(), sure.item()) == (tokens[index].item(), confidence[index].item())
 
 

@@ -1,4 +1,4 @@
-"""The sink measurement on a toy model: what the model is shown, and the files that come out."""
+"""The sink measurement on a toy model: the model's inputs, and the resulting files."""
 
 import json
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ MASK = 31
 
 
 class ToyModel(nn.Module):
-    """One attention layer over an embedding; remembers what it was shown."""
+    """One attention layer over an embedding; records its inputs."""
 
     def __init__(self, model_type="llada", causal=False, broken=False):
         super().__init__()

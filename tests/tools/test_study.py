@@ -43,7 +43,7 @@ def maths(study):
 
 
 def made_up_records(study, windows=24):
-    """Losses for every cell: a difficulty for each window, and a little for each cell."""
+    """Losses for every cell: a difficulty for each window, and a small offset for each cell."""
     difficulty = [3 + 0.1 * window for window in range(windows)]
     records = []
     for number, cell in enumerate(study.cells()):
@@ -243,7 +243,7 @@ def test_the_interval_covers_what_it_should(maths):
         naive_hits += abs(difference.mean) < 1.96 * statistics.stdev(everything) / math.sqrt(72)
     # Three standard errors of a share of 0.95 in 1500: 0.017.
     assert hits / 1500 == pytest.approx(0.95, abs=0.017)
-    # Taking the 72 losses as independent would be wrong by far; so the simulation can tell.
+    # Treating the 72 losses as independent would be far off, so the simulation can tell.
     assert naive_hits / 1500 < 0.8
 
 

@@ -1,4 +1,4 @@
-"""Sparse weights on their way into vLLM: a stream of parts becomes a stream of dense weights."""
+"""Sparse weights in vLLM: a stream of parts becomes a stream of dense weights."""
 
 import sys
 
@@ -57,7 +57,7 @@ def test_each_weight_comes_as_soon_as_it_is_complete(sparse_format):
 
 
 def test_prefixes_with_the_full_name():
-    """compressed-tensors before 0.9 compressed every tensor and kept its whole name in front."""
+    """compressed-tensors before 0.9 compressed every tensor and kept its full name as prefix."""
     weight, bias = unstructured(4, 8), torch.tensor([0.0, 1.0, 0.0, 2.0])
     parts = [(f"q.weight.{part}", tensor) for part, tensor in bitmask.compress(weight).items()]
     bias_parts = {
@@ -132,7 +132,7 @@ def test_wrong_format_in_the_configuration():
         list(dense_weights(parts, TWO_OF_FOUR))
     with pytest.raises(UsageError, match=r"q\.bitmask is part of a sparse weight"):
         list(dense_weights(parts, DENSE))
-    # Such a name by itself is nothing wrong.
+    # Such a name alone is valid.
     stream = [("vision.shape", torch.ones(2)), ("q.weight", torch.ones(2))]
     assert [name for name, _ in dense_weights(stream, DENSE)] == ["vision.shape", "q.weight"]
 

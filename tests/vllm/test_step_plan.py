@@ -1,4 +1,4 @@
-"""The arithmetic of a step, against stories of single requests told step by step."""
+"""The arithmetic of a step, against the expected steps of single requests."""
 
 import numpy as np
 import pytest
