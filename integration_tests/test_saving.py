@@ -86,7 +86,7 @@ def test_output_dir_and_save_pretrained_write_the_same(tokenizer, windows, tmp_p
 
 
 def test_sizes_on_disk(tokenizer, windows, tmp_path):
-    """bfloat16: 2:4 takes 9/16 of dense and 16 bytes per weight; 50 % unstructured the same and 8 bytes per row."""
+    """bfloat16: 2:4 takes 9/16 of dense and 16 bytes per matrix; 50 % unstructured the same and 8 bytes per row."""
     sizes = {}
     for name, modifier in {
         "dense": wanda(save_format="dense"),

@@ -109,7 +109,7 @@ def test_dream_gives_the_logits_of_the_plain_model(changes, tmp_path, load, logi
 
 
 def test_bfloat16_rounds_as_the_native_class(tmp_path, load, logits):
-    """Norms and rotary embedding in float32, the rest in bfloat16: as near as the native class is to itself in float32."""
+    """Norms and rotary embedding in float32, the rest in bfloat16: as close as the native class is to its float32."""
     torch.cpu._init_amx()
     config, _ = write_llada(tmp_path, d_model=96, n_layers=3)
     tokens = tokens_of(config)

@@ -117,7 +117,7 @@ def test_defaults_are_blocks_of_32_and_a_step_for_each_token():
 
 
 def test_dividing_sizes_are_distributed_as_published():
-    # LLaDA's sampler: steps // blocks steps a block, the first of them taking the remainder.
+    # LLaDA's sampler: steps // blocks steps per block, the first of them taking the remainder.
     options = SamplingOptions.resolve(gen_length=60, block_length=20, steps=9)
     assert [options.tokens_per_step(block) for block in range(3)] == [(7, 7, 6)] * 3
 
