@@ -63,7 +63,7 @@ PUBLISHED = {
     "semi-autoregressive": {"gen_length": 32, "block_length": 8},
     "fewer steps than tokens": {"gen_length": 32, "block_length": 16, "steps": 8},
     "steps that don't divide": {"gen_length": 32, "block_length": 16, "steps": 14},
-    "one step a block": {"gen_length": 24, "block_length": 8, "steps": 3},
+    "one step per block": {"gen_length": 24, "block_length": 8, "steps": 3},
     "last block short": {"gen_length": 21, "block_length": 8, "steps": 11},
     "guided": {"gen_length": 24, "block_length": 8, "steps": 12, "cfg_scale": 1.5},
     "random": {"gen_length": 24, "block_length": 8, "steps": 12, "remasking": "random", "seed": 5},
