@@ -17,7 +17,7 @@ def run(code, *arguments, stdin=subprocess.DEVNULL):
     )
 
 
-# The first import of the script decides in which order the libraries' modules come to life.
+# The first import of the script decides the order in which the libraries' modules are initialised.
 FIRST_IMPORTS = [
     "from transformers import AutoModelForCausalLM as Auto",
     "from transformers.models.auto.modeling_auto import AutoModelForMaskedLM as Auto",
@@ -26,7 +26,7 @@ FIRST_IMPORTS = [
 
 
 def test_a_script_that_imports_nothing_of_ours_gets_the_native_class():
-    # Side by side: each spends seconds on importing transformers.
+    # In parallel: each spends seconds on importing transformers.
     started = {
         first_import: subprocess.Popen(
             [

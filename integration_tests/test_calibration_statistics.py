@@ -140,8 +140,8 @@ def wanda_sums(reference, leaders, weighting, aggregation):
     return sums
 
 
-# Float32 forward passes and masks against a float64 reference: 1e-6 per layer, and the sigmoid of 5 · mass multiplies the
-# rounding of the mass by at most 5/4. A forgotten weight of t = 1/4 would be a factor of 2 to 16.
+# Float32 forward passes and masks against a float64 reference: 1e-6 per layer, and the sigmoid of 5 · mass multiplies
+# the rounding of the mass by at most 5/4. A forgotten weight of t = 1/4 would be a factor of 2 to 16.
 TOLERANCE = {"rtol": 2e-4, "atol": 1e-6}
 
 

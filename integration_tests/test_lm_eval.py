@@ -69,7 +69,7 @@ def instance(kind, *arguments):
 
 
 def direct(model, context, answer, mc_num, seed, ending=()):
-    """The estimate written plainly: one sample at a time, every masked token by itself."""
+    """The estimate written plainly: one sample at a time, every masked token separately."""
     spec = resolve_diffusion(model.config)
     tokens, length = torch.tensor([*context, *answer, *ending]), len(answer)
     generator = sample_generator(seed, mc_num, tokens)

@@ -13,7 +13,7 @@ from sinkprune_plugin.outputs import new_directory
 
 
 def run_mounted(options, place, script):
-    """Run a script on a small disk of its own, mounted for that process alone."""
+    """Run a script on a separate small disk, mounted for that process alone."""
     if subprocess.run(["unshare", "--mount", "--map-root-user", "true"], capture_output=True).returncode != 0:
         pytest.skip("no permission to mount here")
     mounted = f'mount -t tmpfs {options} none "{place}" && exec "{sys.executable}" -c "$1" "{place}"'
@@ -38,7 +38,7 @@ def test_a_mount_point_is_filled(tmp_path):
 
 
 def test_weights_that_fill_the_disk_are_one_line(tmp_path):
-    """safetensors' own error says it differently."""
+    """safetensors reports it with an error of its own."""
     script = (
         "import torch; from safetensors.torch import save_file; from sinkprune_plugin.errors import UsageError\n"
         "try:\n"

@@ -22,7 +22,7 @@ def docs(columns):
 
 
 def likes(doc, option, bias=0.0):
-    """Log-likelihoods of a model that likes one option by 1 and the first place by ``bias``."""
+    """Log-likelihoods of a model that prefers one option by 1 and the first place by ``bias``."""
     return [(float(text == option) + bias * (place == 0), False) for place, text in enumerate(doc["options"])]
 
 

@@ -37,7 +37,7 @@ def test_agreement_along_the_trajectory():
     mask = 9
     rng = random.Random(0)
     final = [rng.randrange(5) for _ in range(10)]
-    # Both write one token a step from the left; the second errs at the last five.
+    # Both write one token per step from the left; the second is wrong at the last five.
     dense = torch.tensor([[final[: step + 1] + [mask] * (9 - step) for step in range(10)]])
     pruned = dense.clone()
     pruned[0, :, 5:] = torch.where(pruned[0, :, 5:] == mask, mask, 7)

@@ -6,7 +6,7 @@ from sinkprune_plugin.verification.speed import Workload, compare_speed
 
 
 class FakeClock:
-    """A sampler whose time is what it is told; only the clock is not real."""
+    """A sampler with a given duration; only the clock isn't real."""
 
     def __init__(self, clock, seconds, share):
         self.clock, self.seconds, self.share = clock, seconds, share

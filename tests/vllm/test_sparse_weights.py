@@ -161,7 +161,7 @@ def test_format_of_a_configuration():
     assert format_of(Config(quantization_config=ours)) is TWO_OF_FOUR
     assert format_of(Config(quantization_config=legacy)) is TWO_OF_FOUR
     assert format_of(Config(compression_config={"sparsity_config": sparsity})) is TWO_OF_FOUR
-    # As vLLM leaves it behind.
+    # As vLLM leaves it.
     empty = {"quant_method": "", "sparsity_config": sparsity}
     assert format_of(Config(compression_config=empty)) is TWO_OF_FOUR
     assert format_of(Config(text_config=Config(quantization_config=legacy))) is TWO_OF_FOUR
