@@ -98,6 +98,12 @@ def test_a_lie_about_the_shape(checkpoint, sizes, monkeypatch):
         load_sparse_checkpoint(checkpoint)[TARGETS[0]]
 
 
+def test_a_shape_that_contradicts_the_header_is_refused_before_a_weight_is_asked_for(checkpoint):
+    edit_tensors(checkpoint, lambda tensors: tensors.update({f"{FIRST}.shape": torch.tensor([48, 32])}))
+    with pytest.raises(UsageError, match=rf"^{TARGETS[0]} .*shape says \[48, 32\].*bitmask of \[32, 6\]"):
+        load_sparse_checkpoint(checkpoint)
+
+
 def test_a_huge_shape_part_is_not_read(checkpoint):
     edit_tensors(checkpoint, lambda tensors: tensors.update({f"{FIRST}.shape": torch.zeros(1000).long()}))
     refused(checkpoint, "shape is I64 of 1000 elements")

@@ -246,6 +246,14 @@ def test_hostile_text_is_printed_as_text(tmp_path):
     assert len(inspect_checkpoint(tmp_path).model_type) == 120
 
 
+def test_markup_in_the_names_of_modules_is_printed_as_text(tmp_path):
+    names = ["layers.0.[b]q[/b].weight", "layers.[b]1[/b].0.k.weight", "[i]head[/i].weight"]
+    write_dense(tmp_path, {name: dense(4, 8) for name in names})
+    text = "\n".join(" ".join(line) for line in printed(tmp_path))
+    for shown in ("[b]q[/b] 1 32", "layers.[b]1[/b]", "[i]head[/i]"):
+        assert shown in text
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
