@@ -15,7 +15,7 @@ def allocate(
 
     :param sparsity: share of zeros in (0, 1)
     :param allocation: ``early_sparser`` or ``late_sparser``
-    :param spread: sparsity of the first block less the mean
+    :param spread: sparsity of the first block minus the mean
     :param targets: weights to prune
     :param num_blocks: decoder blocks
     :return: one value for each block; those without targets have the mean

@@ -27,7 +27,7 @@ class SinkAwareFields(Modifier):
     :param sparsity: share of zeros in (0, 1), one value or one for each decoder block; may be left out for N:M
     :param allocation: how one sparsity is spread over the decoder blocks: ``uniform``; ``early_sparser`` and
         ``late_sparser`` let it fall or rise linearly over the depth
-    :param allocation_spread: sparsity of the first block less the mean, for the latter two
+    :param allocation_spread: sparsity of the first block minus the mean, for the latter two
     :param mask_structure: ``"0:0"`` for unstructured, ``"N:M"`` for N zeros in every M consecutive input columns
     :param targets: module class names, names or ``re:`` patterns; class names reach into decoder blocks only
     :param ignore: the same, for modules to leave alone
