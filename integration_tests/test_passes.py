@@ -194,6 +194,32 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_room_that_is_held_already_counts_as_free(monkeypatch):
+    """The clean samples after ten times as many corrupted ones: torch doesn't give pinned memory back."""
+    states = HiddenStates("memory")
+    states.allocate([(1, 40, 8)] * 10, torch.float32, pinned=False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    states.allocate([(1, 40, 8)], torch.float32, pinned=False)
+    with pytest.raises(UsageError, match="main memory has"):
+        states.allocate([(1, 40, 8)] * 2, torch.float32, pinned=False)
+
+
+def test_hidden_states_of_the_dense_model_are_counted_as_well(model):
+    """2 × 2 passes; two streams in the sweep that prunes, so that what doesn't fit is refused before the first one."""
+    needed = {}
+    for target in ("current", "dense"):
+        for calibrate_on in ("corrupted", "clean"):
+            modifier = SinkAwareSparseGPTModifier(target=target, calibrate_on=calibrate_on, **QUICK)
+            needed[target, calibrate_on] = modifier.estimate(model, 2, 128).hidden_bytes
+    one = 2 * 128 * 192 * 4
+    assert needed == {
+        ("current", "corrupted"): one,
+        ("current", "clean"): one,
+        ("dense", "corrupted"): 2 * one,
+        ("dense", "clean"): one,
+    }
+
+
 @pytest.mark.parametrize("slab", [None, 100])
 def test_passes_share_allocations_without_touching_each_other(slab, monkeypatch):
     """Slabs of 256 MB; here also of 25 floats, so that a slab ends in the middle and a pass is larger than one."""

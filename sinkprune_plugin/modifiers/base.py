@@ -145,7 +145,7 @@ class SinkAwareModifierBase(SinkAwareFields):
             return RunEstimate(
                 sweeps,
                 len(self._blocks),
-                hidden_bytes=hidden_state_bytes(model, noisy.tokens),
+                hidden_bytes=hidden_state_bytes(model, max(sweep.tokens * sweep.streams for sweep in sweeps)),
                 statistics_bytes=self._statistics_bytes(noisy),
                 brought_in_bytes=brought_in_bytes(model, self._blocks, len(sweeps)),
             )

@@ -86,8 +86,9 @@ class HessianModifierBase(SinkAwareModifierBase):
         # Sequential: at most as many groups as Linears in a block; which of them share an input shows in the run.
         counts = [sum(target.block == index for target in self._targets) for index in range(len(self._blocks))]
         groups = 1 if self.within_block == "parallel" else max(counts)
-        runs = (groups + 1) * (2 if self.target == "dense" else 1)
-        return noisy, replace(noisy if self.calibrate_on == "corrupted" else clean, runs_per_block=runs)
+        streams = 2 if self.target == "dense" else 1
+        second = noisy if self.calibrate_on == "corrupted" else clean
+        return noisy, replace(second, runs_per_block=(groups + 1) * streams, streams=streams)
 
     def _statistics_bytes(self, noisy: SweepPlan) -> int:
         del noisy

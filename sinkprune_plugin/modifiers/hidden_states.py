@@ -79,9 +79,11 @@ class HiddenStates:
         """
         if [state.shape for state in self._states] == list(shapes) and self._states[0].dtype == dtype:
             return
-        self._states = []
         sizes = [torch.Size(shape).numel() for shape in shapes]
-        check_room(sum(sizes) * dtype.itemsize, self._place)
+        # What is held already is used again: torch keeps pinned memory that it was given back, so it wouldn't show as
+        # free.
+        check_room(max(sum(sizes) * dtype.itemsize - self.num_bytes, 0), self._place)
+        self._states = []
         if self._place == "disk":
             parts = iter(_file_backed(sum(sizes), dtype).split(sizes))
         else:

@@ -10,6 +10,7 @@ import torch
 from compressed_tensors.utils import patch_attr
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.entrypoints import utils as oneshot_setup
 from llmcompressor.logger import configure_logger
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from llmcompressor.pipelines.data_free import pipeline as data_free_pipeline
@@ -112,7 +113,8 @@ def run_oneshot(
         them: this process's accelerator if there is one
     :param batch_size: windows in a forward pass
     """
-    with _onload_to(device):
+    # In a process group llm-compressor would take away everybody's log handlers, the caller's too, and add its own.
+    with _onload_to(device), patch_attr(oneshot_setup, "configure_distributed_logger", lambda: None):
         oneshot(
             model=model,
             tokenizer=tokenizer,

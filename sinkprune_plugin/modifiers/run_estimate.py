@@ -19,11 +19,13 @@ class SweepPlan:
     :param tokens: tokens of all passes, padding included
     :param runs_per_block: how often a block is run on all passes: twice where the statistics come before its pruning
         and the next block's inputs after it
+    :param streams: hidden states of each pass: 2 where the dense model's are carried along
     """
 
     num_passes: int
     tokens: int
     runs_per_block: int = 1
+    streams: int = 1
 
 
 @dataclass(frozen=True)
