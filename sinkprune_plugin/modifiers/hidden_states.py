@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,10 @@ MEMORY_SHARE = 0.9
 # Passes share allocations of this many bytes: torch rounds pinned memory up to a power of two, so that passes of 17 MB
 # would take 32 MB each.
 SLAB_BYTES = 2**28
+
+# Passes that are handed to a CUDA device before it has computed the first of them. It must never run dry, but each one
+# takes memory for its input and output there.
+PASSES_AHEAD = 4
 
 
 def check_room(num_bytes: int, place: Place) -> None:
@@ -53,8 +58,9 @@ def check_room(num_bytes: int, place: Place) -> None:
 class HiddenStates:
     """The input of the next decoder block, for every pass; read and written pass by pass.
 
-    On CUDA both directions are copied on a stream of their own: the next pass's states arrive while the current one is
-    computed. Copies on that stream keep their order, so a pass is never read before it has been written.
+    On CUDA both directions are copied on a stream of their own: the next pass's states arrive, and the previous pass's
+    leave, while the present one is computed. Copies on that stream keep their order, so a pass is never read before it
+    has been written.
 
     :param place: ``memory`` or ``disk``
     """
@@ -94,21 +100,26 @@ class HiddenStates:
         """Bring in one pass after the other.
 
         :param device: device to bring them to
-        :return: (B, T, d) each; on a CPU the stored tensor itself, which must not be written into
+        :return: (B, T, d) each, a copy: there are blocks that add to their input in place
         """
         if device.type != "cuda":
-            yield from (state.to(device) for state in self._states)
+            yield from (state.to(device, copy=True) for state in self._states)
             return
-        computing, copying = torch.cuda.current_stream(device), self._stream(device)
+        computing = torch.cuda.current_stream(device)
         coming = self._fetch(0, device)
+        computed: deque[torch.cuda.Event] = deque()
         for index in range(len(self._states)):
-            computing.wait_stream(copying)
-            hidden = coming
-            # Allocated on the copy stream, which must not reuse the memory before this stream is done with it.
+            hidden, arrived = coming
+            # Not for all of the copy stream: outputs of the last pass may still be on their way.
+            computing.wait_event(arrived)
+            # Allocated on the copy stream, which must not give the memory away before this stream is done with it.
             hidden.record_stream(computing)
             if index + 1 < len(self._states):
                 coming = self._fetch(index + 1, device)
             yield hidden
+            computed.append(computing.record_event())
+            if len(computed) > PASSES_AHEAD:
+                computed.popleft().synchronize()
 
     def write(self, index: int, hidden: torch.Tensor) -> None:
         """Replace the hidden states of a pass by those after the block.
@@ -130,9 +141,11 @@ class HiddenStates:
         for stream in self._streams.values():
             stream.synchronize()
 
-    def _fetch(self, index: int, device: torch.device) -> torch.Tensor:
-        with torch.cuda.stream(self._stream(device)):
-            return self._states[index].to(device, non_blocking=True)
+    def _fetch(self, index: int, device: torch.device) -> tuple[torch.Tensor, torch.cuda.Event]:
+        copying = self._stream(device)
+        with torch.cuda.stream(copying):
+            hidden = self._states[index].to(device, non_blocking=True)
+        return hidden, copying.record_event()
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
         if device not in self._streams:
