@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import io
 import os
 import tempfile
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from loguru import logger
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
 from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
-from sinkprune_plugin.modifiers import hidden_states
+from sinkprune_plugin.modifiers import hidden_states, passes
 from sinkprune_plugin.modifiers.hidden_states import HiddenStates
 from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot
 from sinkprune_plugin.modifiers.passes import CalibrationPass, PassEngine
@@ -263,3 +264,29 @@ def test_the_run_says_what_it_will_take(cls, fields, line, model, tokenizer, gol
     said = int(next(each for each in lines if line in each).split(" runs of a block")[0].split(", ")[-1])
     extra = 2 * len(golden_windows[:2]) if "48" not in line else 2
     assert len(runs) == (said if said == 24 else said - extra)
+
+
+def test_the_bar_is_full_where_blocks_take_fewer_runs_than_was_thought(model, golden_windows, monkeypatch):
+    """How many groups a block is pruned in shows while it is pruned; and nobody needs the last block's outputs."""
+    bars = []
+
+    class Bar(passes.tqdm.tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options | {"disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(passes.tqdm, "tqdm", Bar)
+    _, blocks = find_decoder_blocks(model)
+    totals = []
+
+    def visit(block):
+        totals.append(bars[-1].total)
+        block.run()
+        if block.index + 1 < len(blocks):
+            block.run(advance=True)
+
+    with torch.no_grad():
+        PassEngine(model, blocks).sweep(passes_of(golden_windows[:1, :16]), visit, title="", block_runs=8 * len(blocks))
+    # 48 at first, then two runs for each block, then one less.
+    assert totals == [48, 12, 12, 12, 12, 12]
+    assert (bars[-1].n, bars[-1].total) == (11, 11)

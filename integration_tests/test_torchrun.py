@@ -20,11 +20,13 @@ from compressed_tensors.offload.cache import CPUCache
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.core import reset_session
-from safetensors.torch import save_file
+from llmcompressor.modifiers.gptq import GPTQModifier
+from safetensors.torch import load_file, save_file
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.loading import load_model, load_tokenizer
 from sinkprune_plugin.modifiers.admm import SinkAwareADMMModifier
 from sinkprune_plugin.modifiers.distributed import rank, world_size
+from sinkprune_plugin.modifiers.kept_zeros import KeptZeros
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
 
@@ -57,7 +59,7 @@ update = CPUCache.update_offload
 CPUCache.update_offload = lambda self, offloaded, value: (written.append(1), update(self, offloaded, value))[1]
 
 
-def prune(cls, shuffle):
+def prune(cls, shuffle, behind=()):
     reset_session()
     solved.clear(), written.clear()
     model = load_model(r"{model}", torch.float32)
@@ -65,7 +67,7 @@ def prune(cls, shuffle):
     fields = {{"within_block": "parallel", "target": "dense"}} if issubclass(cls, SinkAwareADMMModifier) else {{}}
     modifier = cls(sparsity=0.5, diffusion_steps=4, sample_interval=2, **fields)
     # Three of four samples: shuffled, each process would draw others if the recipe's seed didn't hold.
-    oneshot(model=model, tokenizer=load_tokenizer(r"{model}"), dataset=data, recipe=[modifier],
+    oneshot(model=model, tokenizer=load_tokenizer(r"{model}"), dataset=data, recipe=[modifier, *behind],
             num_calibration_samples=3, max_seq_length=64, shuffle_calibration_samples=shuffle)
     return {{k: v.contiguous() for k, v in model.state_dict().items()}}
 
@@ -75,6 +77,27 @@ for cls in (SinkAwareWandaModifier, SinkAwareSparseGPTModifier, SinkAwareADMMMod
     name = sys.argv[1] + f"/{{cls.__name__}}-{{rank()}}"
     save_file(weights, name + ".safetensors")
     json.dump([solved, len(written)], open(name + ".json", "w"))
+
+put_back = []
+fill = KeptZeros._fill
+
+
+def counting_fill(self, entry):
+    before = len(written)
+    filled = fill(self, entry)
+    put_back.append(len(written) - before)
+    return filled
+
+
+KeptZeros._fill = counting_fill
+alone = load_file(sys.argv[1] + f"/SinkAwareWandaModifier-{{rank()}}.safetensors")
+eight_bits = {{"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}}
+gptq = GPTQModifier(config_groups={{"all": {{"targets": [r"re:.*\.blocks\..*"], "weights": eight_bits}}}})
+weights = prune(SinkAwareWandaModifier, shuffle=True, behind=[gptq])
+pruned = [name for name in alone if ".blocks." in name and alone[name].dim() == 2]
+zeros = all(bool((weights[name][alone[name] == 0] == 0).all()) for name in pruned)
+changed = all(not torch.equal(weights[name], alone[name]) for name in pruned)
+json.dump([sum(put_back), zeros, changed], open(sys.argv[1] + f"/put-back-{{rank()}}.json", "w"))
 try:
     prune(Failing, shuffle=False)
 except UsageError as error:
@@ -133,6 +156,18 @@ def test_each_weight_is_solved_and_written_by_one_process(modifier, runs):
     assert sorted(first[0] + second[0]) == sorted(alone)
     # The memory is shared, so a second writer would write the same place.
     assert (first[1], second[1]) == (len(first[0]), len(second[0]))
+
+
+def test_one_process_puts_back_the_zeros_that_a_quantizer_filled(runs):
+    """The weights are in shared memory. All processes bring them in, and the zeros are there for each of them."""
+    alone, first, second = (
+        json.loads((directory / f"put-back-{rank}.json").read_text())
+        for directory, rank in ((runs[0], 0), (runs[1], 0), (runs[1], 1))
+    )
+    assert alone[0] > 0
+    assert first[0] > 0
+    assert second[0] == 0
+    assert alone[1:] == first[1:] == second[1:] == [True, True]
 
 
 def test_an_error_in_one_process_ends_all_of_them(runs):

@@ -18,11 +18,13 @@ from sinkprune_plugin.errors import UsageError
 
 __all__ = [
     "assign_owners",
+    "barrier",
     "failing_together",
     "gather_objects",
     "rank",
     "reduce_to_owner",
     "replace_weight",
+    "store_weight",
     "use_own_device",
     "world_size",
 ]
@@ -125,15 +127,32 @@ def replace_weight(module: torch.nn.Linear, weight: torch.Tensor | None, owner: 
         return weight
     weight = weight.contiguous()
     dist.broadcast(as_broadcastable(weight), src=owner)
+    store_weight(module, weight, owner)
+    # Nobody reads the shared weight before it is there.
+    barrier()
+    return weight
+
+
+def store_weight(module: torch.nn.Module, weight: torch.Tensor, owner: int = 0) -> None:
+    """Put a weight that every process has into a module, also where it is offloaded; no process waits for another.
+
+    :param module: module with a ``weight``
+    :param weight: the new weight
+    :param owner: rank that writes it where all processes share the offloaded one
+    """
     cache = module._parameters
     if isinstance(cache, DistributedCPUCache | DistributedDiskCache) and rank() != owner:
         # All processes share this memory or file, and only its owner writes. What is onloaded here is a copy of it.
         offloaded = cache.offloaded_values["weight"]
         onloaded = OffloadCache.keep_onloaded_values.get(offloaded)
         if onloaded is not None and onloaded is not offloaded:
-            onloaded.copy_(weight)
+            with torch.no_grad():
+                onloaded.copy_(weight)
     else:
         update_offload_parameter(module, "weight", weight)
-    # The shared weight must not be read before it is written.
-    dist.barrier()
-    return weight
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        dist.barrier()

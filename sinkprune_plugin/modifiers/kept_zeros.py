@@ -1,15 +1,17 @@
 """Zeros that stay zeros while later modifiers of the recipe change the weights."""
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compressed_tensors.utils import align_module_device, update_offload_parameter
+from compressed_tensors.utils import align_module_device
 from loguru import logger
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats.codecs import bits
+from sinkprune_plugin.modifiers import distributed
 
 __all__ = ["KeptZeros"]
 
@@ -26,7 +28,9 @@ class _Pruned:
     module: torch.nn.Module
     alive: torch.Tensor
     columns: int
-    seen: tuple[int, int] | None = None
+    # The weight that was looked at last, as long as it is there, and its version.
+    seen: "weakref.ref[torch.Tensor] | None" = None
+    version: int = 0
 
 
 class KeptZeros:
@@ -80,14 +84,15 @@ class KeptZeros:
                     "that follows it in the recipe changed them"
                 )
         self._handles, self._pruned = [], []
+        distributed.barrier()
 
     def _check(self, module: torch.nn.Module, entry: _Pruned) -> None:
-        # Writing in place increments the version, and an offloaded weight is another object each time.
+        # Writing in place counts the version up, and an offloaded weight is another object each time: perhaps at the
+        # address of the last one, so that its id says nothing.
         weight: Any = module.weight
-        state = id(weight), weight._version
-        if state != entry.seen:
+        if entry.seen is None or entry.seen() is not weight or entry.version != weight._version:
             self._fill(entry)
-            entry.seen = id(weight), weight._version
+            entry.seen, entry.version = weakref.ref(weight), weight._version
 
     def _fill(self, entry: _Pruned) -> int:
         with torch.no_grad(), align_module_device(entry.module):
@@ -96,5 +101,6 @@ class KeptZeros:
             filled = int(torch.count_nonzero(weight[pruned]))
             restored = weight.masked_fill(pruned, 0.0) if filled and self._puts_back else None
         if restored is not None:
-            update_offload_parameter(entry.module, "weight", restored)
+            # Processes come here one by one, each with another number of samples: none of them waits for the others.
+            distributed.store_weight(entry.module, restored)
         return filled

@@ -126,8 +126,9 @@ class PassEngine:
         :param visit: does the work of a block: it may run the passes (several times), change the block's weights, and
             advances the passes to the next block
         :param title: name of the progress bar
-        :param block_runs: how many times a block will be run with a pass, for the progress bar's estimate
-        :param two_streams: also keep the dense model's hidden states, next to those of the model as pruned so far
+        :param block_runs: how many times a block will be run with a pass at most, for the progress bar's estimate;
+            corrected as soon as a block has taken fewer
+        :param two_streams: carry the dense model's hidden states along, next to those of the model as pruned so far
         :raises UsageError: if the model doesn't call its first block, a block changes the shape of the hidden states,
             or these don't fit where they are to be kept
         """
@@ -139,10 +140,13 @@ class PassEngine:
             with disable_offloading():
                 self._embed()
             for index in range(len(self._blocks)):
-                # Weights onloaded in here stay until the end of it: they are moved once, however many passes there are.
+                # Weights that are fetched in here stay until the end of it: once in, however many passes there are.
+                before = bar.n
                 with disable_offloading():
                     block = OnloadedBlock(self, index)
                     visit(block)
+                    # Blocks are alike.
+                    bar.total = min(bar.total, bar.n + (bar.n - before) * (len(self._blocks) - index - 1))
                     if not block.advanced and index + 1 < len(self._blocks):
                         raise RuntimeError(f"decoder block {index} has not passed its outputs on")
 
