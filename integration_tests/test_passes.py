@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 from loguru import logger
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
@@ -290,3 +291,16 @@ def test_the_bar_is_full_where_blocks_take_fewer_runs_than_was_thought(model, go
     # 48 at first, then two runs for each block, then one less.
     assert totals == [48, 12, 12, 12, 12, 12]
     assert (bars[-1].n, bars[-1].total) == (11, 11)
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+def test_blocks_with_masks_of_their_own_are_refused(sliding):
+    """Each block would be given the first one's mask, and be calibrated on inputs that it never gets."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    window = {"use_sliding_window": sliding, "sliding_window": 4, "max_window_layers": 2}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, **heads, **window)).eval()
+    _, blocks = find_decoder_blocks(model)
+    several = r"blocks of several kinds \(full_attention, sliding_attention\)"
+    with pytest.raises(UsageError, match=several) if sliding else contextlib.nullcontext():
+        PassEngine(model, blocks)

@@ -92,7 +92,7 @@ def counting_fill(self, entry):
 KeptZeros._fill = counting_fill
 alone = load_file(sys.argv[1] + f"/SinkAwareWandaModifier-{{rank()}}.safetensors")
 eight_bits = {{"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}}
-gptq = GPTQModifier(config_groups={{"all": {{"targets": [r"re:.*\.blocks\..*"], "weights": eight_bits}}}})
+gptq = GPTQModifier(config_groups={{"all": {{"targets": ["re:.*blocks.*"], "weights": eight_bits}}}})
 weights = prune(SinkAwareWandaModifier, shuffle=True, behind=[gptq])
 pruned = [name for name in alone if ".blocks." in name and alone[name].dim() == 2]
 zeros = all(bool((weights[name][alone[name] == 0] == 0).all()) for name in pruned)

@@ -90,7 +90,8 @@ class KeptZeros:
         # Writing in place counts the version up, and an offloaded weight is another object each time: perhaps at the
         # address of the last one, so that its id says nothing.
         weight: Any = module.weight
-        if entry.seen is None or entry.seen() is not weight or entry.version != weight._version:
+        seen: Any = None if entry.seen is None else entry.seen()
+        if seen is not weight or entry.version != weight._version:
             self._fill(entry)
             entry.seen, entry.version = weakref.ref(weight), weight._version
 

@@ -89,6 +89,7 @@ class PassEngine:
     :param blocks: its decoder blocks, each mapping hidden states to hidden states (or a tuple that begins with them)
     :param hidden_states: where they are kept between blocks, ``memory`` or ``disk``
     :param progress: show a bar for each sweep
+    :raises UsageError: if the model masks attention in some blocks otherwise than in others
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class PassEngine:
         hidden_states: Place = "memory",
         progress: bool = True,
     ) -> None:
+        _require_like_blocks(model)
         self._model = model
         self._blocks = blocks
         self._hidden = HiddenStates(hidden_states)
@@ -146,7 +148,8 @@ class PassEngine:
                     block = OnloadedBlock(self, index)
                     visit(block)
                     # Blocks are alike.
-                    bar.total = min(bar.total, bar.n + (bar.n - before) * (len(self._blocks) - index - 1))
+                    total = bar.n + (bar.n - before) * (len(self._blocks) - index - 1)
+                    bar.total = total if bar.total is None else min(bar.total, total)
                     if not block.advanced and index + 1 < len(self._blocks):
                         raise RuntimeError(f"decoder block {index} has not passed its outputs on")
 
@@ -257,6 +260,16 @@ class _BlockCall:
 
 class _FirstBlockReachedError(Exception):
     """Ends a forward pass whose only purpose was the first block's input."""
+
+
+def _require_like_blocks(model: torch.nn.Module) -> None:
+    # All blocks are called with what the first one gets: mask, rotary tables.
+    kinds = getattr(getattr(model, "config", None), "layer_types", None)
+    if kinds is not None and len(set(kinds)) > 1:
+        raise UsageError(
+            f"{type(model).__name__} has decoder blocks of several kinds ({', '.join(sorted(set(kinds)))}), each with "
+            "a mask of its own, which block-by-block calibration can't give them; take a model whose blocks are alike"
+        )
 
 
 def _shared(value: Any, previous: Any) -> Any:
