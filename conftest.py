@@ -4,8 +4,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 REPOSITORY = Path(__file__).parent
+
+# A time limit for single examples says more about the machine than about the code; pytest-timeout looks after tests.
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")
 
 
 def _files() -> set[str]:
