@@ -312,7 +312,8 @@ class SinkAwareModifierBase(SinkAwareFields):
         if targets:
             self._observe_and_prune(targets, lambda watch: block.run(watch, advance=advance_dense))
         if not block.advanced and not last:
-            block.run(advance=True)
+            with distributed.failing_together():
+                block.run(advance=True)
 
     def _observe_and_prune(
         self,

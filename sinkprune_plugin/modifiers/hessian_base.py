@@ -121,7 +121,8 @@ class HessianModifierBase(SinkAwareModifierBase):
             self.remove_hooks(handles)
             self._dense_inputs.clear()
         if not last:
-            block.run(dense=dense.watch if two_streams else None, advance=True)
+            with distributed.failing_together():
+                block.run(dense=dense.watch if two_streams else None, advance=True)
 
     def _groups(self, block: OnloadedBlock, targets: Sequence[PruningTarget]) -> list[list[PruningTarget]]:
         """Targets that are pruned together: all, or those that share an input, in the order of their calls."""
