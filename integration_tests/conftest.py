@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
 from golden_data import GOLDEN
 from safetensors.torch import load_file
 
@@ -19,6 +20,19 @@ def _fresh_session():
     reset_session()
     yield
     reset_session()
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A process group of one; an engine of vLLM in the same process has left one already."""
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ prune_stage:
 SMALL_DEMO = """
 import sys
 from pathlib import Path
-from sinkprune_plugin import demo
+from sinkprune_plugin.commands import demo
 from sinkprune_plugin.verification import verify
 demo.CALIBRATION_WINDOWS, demo.TEST_WINDOWS, demo.SEQ_LEN, demo.CORRUPTIONS = 2, 4, 64, 2
 verify.LONGEST_WINDOW = 64

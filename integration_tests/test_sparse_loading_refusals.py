@@ -51,9 +51,9 @@ def test_a_damaged_expert_is_refused_in_one_line(tmp_path, damage):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.usefixtures("process_group")
 def test_tensor_parallel_model_is_refused():
     """The loader would split the parts of a weight where it should split the weight."""
-    from torch.distributed import HashStore, destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
@@ -63,14 +63,10 @@ def test_tensor_parallel_model_is_refused():
     model = torch.nn.Linear(4, 4)
     context = LoadContext(CheckpointFormat.SPARSE_BITMASK, PartGroups({}, {}), torch.float32, {})
     context.refuse_sharded(model)
-    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    try:
-        model.weight = torch.nn.Parameter(distribute_tensor(model.weight, init_device_mesh("cpu", (1,))))
-        context = LoadContext(CheckpointFormat.SPARSE_BITMASK, PartGroups({}, {}), torch.float32, {})
-        with pytest.raises(UsageError, match="tensor parallelism"):
-            context.refuse_sharded(model)
-    finally:
-        destroy_process_group()
+    model.weight = torch.nn.Parameter(distribute_tensor(model.weight, init_device_mesh("cpu", (1,))))
+    context = LoadContext(CheckpointFormat.SPARSE_BITMASK, PartGroups({}, {}), torch.float32, {})
+    with pytest.raises(UsageError, match="tensor parallelism"):
+        context.refuse_sharded(model)
 
 
 @pytest.mark.parametrize("method", ["compressed-tensors-sparse", "compressed-tensors"])

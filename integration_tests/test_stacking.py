@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.autoround import AutoRoundModifier
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -154,14 +153,11 @@ def test_zeros_that_an_unknown_modifier_fills_are_reported(model, tokenizer, win
     assert f"{192 * 192 // 2} weights of model.transformer.blocks.3.q_proj" in line
 
 
-def test_log_handlers_of_the_caller_outlive_a_run_in_a_process_group(model, tokenizer, windows, tmp_path):
+@pytest.mark.usefixtures("process_group")
+def test_log_handlers_of_the_caller_outlive_a_run_in_a_process_group(model, tokenizer, windows):
     """There llm-compressor sets up logging anew; vLLM's engine leaves such a group of one process behind."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     lines = []
     handle = logger.add(lines.append, format="{message}", level="INFO")
-    try:
-        run_oneshot(model, tokenizer, pruner(), windows)
-    finally:
-        dist.destroy_process_group()
+    run_oneshot(model, tokenizer, pruner(), windows)
     logger.remove(handle)
     assert any("of them transient" in line for line in lines)
