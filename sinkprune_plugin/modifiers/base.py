@@ -28,7 +28,7 @@ from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, Pa
 from sinkprune_plugin.modifiers.run_estimate import RunEstimate, SweepPlan, brought_in_bytes, hidden_state_bytes
 from sinkprune_plugin.modifiers.saving import choose_save_format
 from sinkprune_plugin.modifiers.sink_sweep import SinkTally, sweep_attention
-from sinkprune_plugin.modifiers.targets import PruningTarget, resolve_targets
+from sinkprune_plugin.modifiers.targets import PruningTarget, resolve_targets, solving_cost
 from sinkprune_plugin.modifiers.trajectory import CorruptionSource, TrajectoryCorruption, corrupted_passes
 from sinkprune_plugin.sinks import soft_sink_mask, transient_sink_mask
 
@@ -339,7 +339,7 @@ class SinkAwareModifierBase(SinkAwareFields):
         :param leaders: target name → name under which its statistics were gathered
         """
         served = {leader: [t for t in targets if leaders[t.name] == leader] for leader in sorted(set(leaders.values()))}
-        owners = distributed.assign_owners(list(served), lambda leader: _cost(served[leader]))
+        owners = distributed.assign_owners(list(served), lambda leader: solving_cost(served[leader]))
         # All sums first, so that the processes then solve in parallel.
         statistics = {leader: self._take_statistics(leader) for leader in served}
         for leader in served:
@@ -393,9 +393,3 @@ class SinkAwareModifierBase(SinkAwareFields):
             f"{min(counts):.1f} to {max(counts):.1f} sinks per timestep, "
             f"{100 * self._tally.transient_share:.0f} % of them transient, {seconds:.1f} s"
         )
-
-
-def _cost(targets: Sequence[PruningTarget]) -> float:
-    """Work of solving for targets with one input: a factorisation of its Hessian, and products with every weight."""
-    columns = targets[0].module.in_features
-    return columns**2 * (columns + sum(target.module.out_features for target in targets))

@@ -15,6 +15,7 @@ from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.base import SinkAwareModifierBase
 from sinkprune_plugin.modifiers.input_observer import InputObserver
 from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, PassEngine
+from sinkprune_plugin.modifiers.replaced_forward import forward_replaced
 from sinkprune_plugin.modifiers.run_estimate import SweepPlan, hessian_bytes
 from sinkprune_plugin.modifiers.targets import PruningTarget
 from sinkprune_plugin.modifiers.trajectory import clean_pass
@@ -104,14 +105,13 @@ class HessianModifierBase(SinkAwareModifierBase):
         two_streams = self.target == "dense"
         for group in self._groups(block, targets):
             before = InputObserver(group, self._keep_dense_input)
-            with distributed.failing_together():
-                handles = before.attach(self.register_hook) if two_streams else set()
+            handles = before.attach(self.register_hook) if two_streams else set()
 
-                @contextlib.contextmanager
-                def dense_model(number: int, each: CalibrationPass, before: InputObserver = before) -> Iterator[None]:
-                    self._dense_inputs.clear()
-                    with dense.in_place(), before.watching(number, each):
-                        yield
+            @contextlib.contextmanager
+            def dense_model(number: int, each: CalibrationPass, before: InputObserver = before) -> Iterator[None]:
+                self._dense_inputs.clear()
+                with dense.in_place(), before.watching(number, each):
+                    yield
 
             self._observe_and_prune(
                 group,
@@ -122,7 +122,7 @@ class HessianModifierBase(SinkAwareModifierBase):
             self._dense_inputs.clear()
         if not last:
             with distributed.failing_together():
-                block.run(dense=dense.watch if two_streams else None, advance=True)
+                block.run(dense=dense.in_place if two_streams else None, advance=True)
 
     def _groups(self, block: OnloadedBlock, targets: Sequence[PruningTarget]) -> list[list[PruningTarget]]:
         """Targets that are pruned together: all, or those that share an input, in the order of their calls."""
@@ -189,24 +189,9 @@ class _DenseWeights:
         """Copy the weights of Linears that are about to be pruned, on the device."""
         self._weights += [(target.module, target.module.weight.detach().clone()) for target in targets]
 
-    def watch(self, _number: int, _each: CalibrationPass) -> contextlib.AbstractContextManager[None]:
-        """The same as :meth:`in_place`, for a run of the engine."""
-        return self.in_place()
-
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Let the pruned Linears compute with their dense weights."""
-        replaced = [(module, module.__dict__.get("forward")) for module, _ in self._weights]
-        for module, weight in self._weights:
-            setattr(module, "forward", _linear(weight, module))  # noqa: B010
-        try:
-            yield
-        finally:
-            for module, forward in replaced:
-                if forward is None:
-                    del module.forward
-                else:
-                    setattr(module, "forward", forward)  # noqa: B010
+    def in_place(self, *_pass: Any) -> contextlib.AbstractContextManager[None]:
+        """Let the pruned Linears compute with their dense weights; also as a watch of the engine, in every pass."""
+        return forward_replaced([(module, _linear(weight, module)) for module, weight in self._weights])
 
 
 def _linear(weight: torch.Tensor, module: torch.nn.Linear) -> Any:

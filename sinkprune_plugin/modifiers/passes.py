@@ -6,7 +6,7 @@ is touched. A block of an offloaded model is then onloaded once per sweep, howev
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from compressed_tensors.offload import disable_offloading, get_execution_device
 from sinkprune_plugin.devices import input_device
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers.hidden_states import HiddenStates, Place
+from sinkprune_plugin.modifiers.replaced_forward import forward_replaced
 
 __all__ = ["CalibrationPass", "OnloadedBlock", "PassEngine"]
 
@@ -165,7 +166,9 @@ class PassEngine:
         bar = tqdm.tqdm(desc=title, total=len(self._passes), unit="pass", disable=not self._progress)
         with bar, disable_offloading():
             for number, (each, hidden) in enumerate(zip(self._passes, self._hidden.read(device), strict=True)):
-                with _outputs_replaced(self._blocks, self._as_output(hidden)), watch(number, each):
+                output = self._as_output(hidden)
+                skipped = [(block, lambda *_args, _output=output, **_kwargs: _output) for block in self._blocks]
+                with forward_replaced(skipped), watch(number, each):
                     self._model(**_moved(each.inputs, device))
                 bar.update()
 
@@ -287,22 +290,6 @@ def _shared(value: Any, previous: Any) -> Any:
     ):
         return previous
     return value
-
-
-@contextlib.contextmanager
-def _outputs_replaced(blocks: torch.nn.ModuleList, output: Any) -> Iterator[None]:
-    """Let every block return the same output without running."""
-    before = [block.__dict__.get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = lambda *_args, **_kwargs: output
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
 
 
 def _identity(hidden: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Which Linears of a model are pruned, and in which decoder block each one sits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
 from sinkprune_plugin.modifiers.routed_experts import refuse_routed_experts
 
-__all__ = ["PruningTarget", "resolve_targets"]
+__all__ = ["PruningTarget", "resolve_targets", "solving_cost"]
 
 
 @dataclass(frozen=True)
@@ -78,3 +79,13 @@ def _block_index(name: str, blocks_name: str) -> int | None:
     if not name.startswith(prefix):
         return None
     return int(name[len(prefix) :].split(".", 1)[0])
+
+
+def solving_cost(targets: Sequence[PruningTarget]) -> float:
+    """Work of solving for targets with one input: a factorisation of its Hessian, and products with every weight.
+
+    :param targets: targets that share an input
+    :return: the work, up to a factor
+    """
+    columns = targets[0].module.in_features
+    return columns**2 * (columns + sum(target.module.out_features for target in targets))
