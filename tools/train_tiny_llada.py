@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -33,6 +32,7 @@ from transformers import PreTrainedTokenizerFast
 from sinkprune_plugin._version import __version__
 from sinkprune_plugin.devices import choose_device, input_device
 from sinkprune_plugin.diffusion import DiffusionSpec, corrupt, elbo_perplexity, resolve_diffusion, sample_generator
+from sinkprune_plugin.diffusion.training_loss import negative_log_likelihood, predictions
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.llada import LLaDAConfig, LLaDAModelLM
 from sinkprune_plugin.outputs import new_directory
@@ -158,9 +158,8 @@ def batch_loss(
     timesteps = ceiling * (1 - (torch.arange(settings.batch_size) + draws) / settings.batch_size)
     noise = corrupt(clean, timesteps.tolist(), spec, noise_eps=NOISE_EPS, generators=[generator] * settings.batch_size)
     logits = model(input_ids=noise.noisy_ids.to(input_device(model))).logits
-    corrupted = noise.corrupted.to(logits.device)
-    losses = F.cross_entropy(logits[corrupted].float(), clean.to(logits.device)[corrupted], reduction="sum")
-    return losses / noise.corrupted.sum().clamp(min=1).item()
+    losses = negative_log_likelihood(predictions(logits, noise.corrupted, spec), clean[noise.corrupted])
+    return losses.sum() / noise.corrupted.sum().clamp(min=1).item()
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

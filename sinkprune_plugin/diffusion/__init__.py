@@ -25,6 +25,14 @@ from sinkprune_plugin.diffusion.likelihood import (
     score_windows,
 )
 from sinkprune_plugin.diffusion.schedule import timestep_grid, timestep_weight
+from sinkprune_plugin.diffusion.training_loss import (
+    TopPredictions,
+    divergence,
+    elbo_weights,
+    negative_log_likelihood,
+    predictions,
+    top_predictions,
+)
 
 __all__ = [
     "Corruption",
@@ -34,20 +42,26 @@ __all__ = [
     "LikelihoodOptions",
     "PerplexityEstimate",
     "RowScores",
+    "TopPredictions",
     "corrupt",
     "corruptible_positions",
+    "divergence",
     "elbo_perplexity",
+    "elbo_weights",
     "estimate_likelihood",
     "families",
     "find_family",
     "mask_probability",
     "masked_token_perplexity",
     "measure_likelihood",
+    "negative_log_likelihood",
     "perplexity_on",
+    "predictions",
     "register_family",
     "resolve_diffusion",
     "sample_generator",
     "score_windows",
     "timestep_grid",
     "timestep_weight",
+    "top_predictions",
 ]

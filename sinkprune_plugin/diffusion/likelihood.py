@@ -11,7 +11,6 @@ cover all noise levels; the estimate stays unbiased.
 from typing import Any, TypedDict, Unpack
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from sinkprune_plugin.devices import input_device
@@ -19,6 +18,7 @@ from sinkprune_plugin.diffusion.corruption import corrupt, corruptible_positions
 from sinkprune_plugin.diffusion.estimates import Likelihood, PerplexityEstimate, RowScores, estimate_likelihood
 from sinkprune_plugin.diffusion.evaluation_mode import evaluation_mode
 from sinkprune_plugin.diffusion.families import DiffusionSpec, resolve_diffusion
+from sinkprune_plugin.diffusion.training_loss import negative_log_likelihood, predictions
 from sinkprune_plugin.errors import UsageError
 
 __all__ = [
@@ -29,9 +29,6 @@ __all__ = [
     "perplexity_on",
     "score_windows",
 ]
-
-# Corrupted positions whose logits are held in float32 at a time: 1024 × 126 464 floats are half a GB for LLaDA-8B.
-_ROWS_PER_CHUNK = 1024
 
 
 class LikelihoodOptions(TypedDict, total=False):
@@ -251,20 +248,12 @@ def _corrupted_nll(
             # No mask where there is no padding: attention without a mask is the faster kernel.
             mask = None if valid is None else valid[rows].to(device=device, dtype=torch.int64)
             output: Any = model(input_ids=noisy[rows].to(device), attention_mask=mask)
-            row, position = corrupted[rows].nonzero(as_tuple=True)
-            # Dream: the logit that predicts token i is at i - 1; the first token has none and keeps its own.
-            logits = output.logits[row, (position - spec.logit_shift).clamp(min=0)]
-            targets = clean[rows][row, position].to(logits.device)
-            # In float32: a log-sum-exp over a large vocabulary loses digits in bfloat16.
-            parts = [
-                F.cross_entropy(part.float(), target, reduction="none")
-                for part, target in zip(logits.split(_ROWS_PER_CHUNK), targets.split(_ROWS_PER_CHUNK), strict=True)
-            ]
-            nll = torch.cat(parts).cpu().double()
+            chosen = predictions(output.logits, corrupted[rows], spec)
+            nll = negative_log_likelihood(chosen, clean[rows][corrupted[rows]]).cpu().double()
             if not bool(nll.isfinite().all()):
                 raise UsageError(
                     f"the logits of {type(model).__name__} hold NaN or Inf in batch {start // batch_size}; "
                     "check the weights, or evaluate in float32"
                 )
-            sums.index_add_(0, row + start, nll)
+            sums.index_add_(0, corrupted[rows].nonzero()[:, 0] + start, nll)
     return sums
