@@ -58,14 +58,16 @@ class AttentionMask(nn.Module):
         return mask if mask.dtype == torch.bool else mask.to(hidden_states.dtype)
 
 
-def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+def split_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Split a projection's output into heads.
 
+    By their width, not their number: blocks from which heads were removed have fewer, all of the same width.
+
     :param x: (B, T, heads · head_dim)
-    :param heads: number of heads
+    :param head_dim: width of one head
     :return: (B, heads, T, head_dim), a view
     """
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 def attend(

@@ -7,6 +7,14 @@ from transformers.configuration_utils import PreTrainedConfig
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.auto_classes import register_imported
 from sinkprune_plugin.models.number_checks import check_numbers
+from sinkprune_plugin.models.sizes_in_config import (
+    SIZES_KEY,
+    check_head_width,
+    derived_head_width,
+    mark_formula,
+    sizes_in_config,
+    unmark_formula,
+)
 
 __all__ = ["DreamConfig"]
 
@@ -22,6 +30,8 @@ class DreamConfig(PreTrainedConfig):
     :param num_hidden_layers: decoder layers
     :param num_attention_heads: query heads
     :param num_key_value_heads: key and value heads; None: ``num_attention_heads``
+    :param head_dim: width of one attention head; 0: ``hidden_size`` ÷ ``num_attention_heads``. Anything else than that
+        needs ``sinkprune_block_sizes``, the sizes of single layers from which units were removed
     :param hidden_act: activation of the gate, any of transformers' names
     :param max_position_embeddings: positions seen in training
     :param rope_theta: base of the rotary frequencies
@@ -43,6 +53,7 @@ class DreamConfig(PreTrainedConfig):
     num_hidden_layers: int = 28
     num_attention_heads: int = 28
     num_key_value_heads: int | None = None
+    head_dim: int = 0
     hidden_act: str = "silu"
     max_position_embeddings: int = 131072
     initializer_range: float = 0.02
@@ -64,6 +75,9 @@ class DreamConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Take over keys that aren't fields; see ``PreTrainedConfig``."""
         register_imported()
+        sized = kwargs.get(SIZES_KEY) is not None
+        self.hidden_act = unmark_formula(self.hidden_act, sized=sized)
+        self.head_dim = self.head_dim or derived_head_width(self.hidden_size, self.num_attention_heads, sized=sized)
         # transformers 5 writes both rotary keys like this in files that it converted.
         parameters = kwargs.pop("rope_parameters", None)
         if parameters is not None:
@@ -71,10 +85,9 @@ class DreamConfig(PreTrainedConfig):
             self.rope_scaling = None if parameters.get("rope_type", "default") == "default" else parameters
         super().__post_init__(**kwargs)
 
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+    def to_dict(self) -> dict[str, Any]:
+        """See ``PreTrainedConfig``; official code refuses an activation that it doesn't know, naming it."""
+        return mark_formula(super().to_dict(), "hidden_act")
 
     @property
     def key_value_heads(self) -> int:
@@ -94,6 +107,7 @@ class DreamConfig(PreTrainedConfig):
                 "intermediate_size",
                 "num_hidden_layers",
                 "num_attention_heads",
+                "head_dim",
                 "max_position_embeddings",
             ),
             optional=("num_key_value_heads",),
@@ -110,13 +124,10 @@ class DreamConfig(PreTrainedConfig):
                 "use_sliding_window=True in this Dream configuration is not supported, only False; use a checkpoint "
                 "without it"
             )
-        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
-            raise UsageError(
-                f"hidden_size={self.hidden_size} over num_attention_heads={self.num_attention_heads} must give heads "
-                "of one even width; change one of them"
-            )
+        check_head_width(self, "hidden_size", "num_attention_heads")
         if self.num_attention_heads % self.key_value_heads:
             raise UsageError(
                 f"num_attention_heads={self.num_attention_heads} is no multiple of "
                 f"num_key_value_heads={self.key_value_heads}; change one of them"
             )
+        sizes_in_config(self)

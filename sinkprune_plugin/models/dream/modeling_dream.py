@@ -15,6 +15,7 @@ from sinkprune_plugin.models.diffusion_lm import DiffusionLM, HiddenStates, chec
 from sinkprune_plugin.models.dream.configuration_dream import DreamConfig
 from sinkprune_plugin.models.rms_norm import RMSNorm
 from sinkprune_plugin.models.rotary import RotaryTables, apply_rotary
+from sinkprune_plugin.models.sizes_in_config import BlockSizes, sizes_in_config
 
 __all__ = ["DreamBaseModel", "DreamDecoderLayer", "DreamModel"]
 
@@ -22,19 +23,20 @@ __all__ = ["DreamBaseModel", "DreamDecoderLayer", "DreamModel"]
 class DreamAttention(nn.Module):
     """Grouped-query attention in both directions; q, k and v have a bias, the output projection has none.
 
-    :param config: the model's configuration
+    :param config: the model's configuration, checked
+    :param sizes: of this layer
     """
 
-    def __init__(self, config: DreamConfig) -> None:
+    def __init__(self, config: DreamConfig, sizes: BlockSizes) -> None:
         super().__init__()
-        self.heads = config.num_attention_heads
-        self.kv_heads = config.key_value_heads
+        self.head_dim = config.head_dim
         self.attention_dropout = config.attention_dropout
-        width, kv_width = config.hidden_size, self.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(width, width, bias=True)
+        width = config.hidden_size
+        q_width, kv_width = sizes.attention_heads * self.head_dim, sizes.key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(width, q_width, bias=True)
         self.k_proj = nn.Linear(width, kv_width, bias=True)
         self.v_proj = nn.Linear(width, kv_width, bias=True)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(q_width, width, bias=False)
 
     def forward(
         self,
@@ -44,9 +46,9 @@ class DreamAttention(nn.Module):
     ) -> torch.Tensor:
         """Attention of one layer; arguments as in :meth:`DreamDecoderLayer.forward`."""
         cos, sin = position_embeddings
-        q = apply_rotary(split_heads(self.q_proj(hidden_states), self.heads), cos, sin)
-        k = apply_rotary(split_heads(self.k_proj(hidden_states), self.kv_heads), cos, sin)
-        v = split_heads(self.v_proj(hidden_states), self.kv_heads)
+        q = apply_rotary(split_heads(self.q_proj(hidden_states), self.head_dim), cos, sin)
+        k = apply_rotary(split_heads(self.k_proj(hidden_states), self.head_dim), cos, sin)
+        v = split_heads(self.v_proj(hidden_states), self.head_dim)
         return self.o_proj(attend(q, k, v, attention_mask, self.attention_dropout if self.training else 0.0))
 
 
@@ -54,13 +56,14 @@ class DreamMLP(nn.Module):
     """down_proj(act(gate_proj x) ⊙ up_proj x).
 
     :param config: the model's configuration
+    :param sizes: of this layer
     """
 
-    def __init__(self, config: DreamConfig) -> None:
+    def __init__(self, config: DreamConfig, sizes: BlockSizes) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, sizes.mlp_channels, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, sizes.mlp_channels, bias=False)
+        self.down_proj = nn.Linear(sizes.mlp_channels, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -71,13 +74,14 @@ class DreamMLP(nn.Module):
 class DreamDecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)).
 
-    :param config: the model's configuration
+    :param config: the model's configuration, checked
+    :param sizes: of this layer
     """
 
-    def __init__(self, config: DreamConfig) -> None:
+    def __init__(self, config: DreamConfig, sizes: BlockSizes) -> None:
         super().__init__()
-        self.self_attn = DreamAttention(config)
-        self.mlp = DreamMLP(config)
+        self.self_attn = DreamAttention(config, sizes)
+        self.mlp = DreamMLP(config, sizes)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -112,7 +116,7 @@ class DreamBaseModel(DiffusionLM):
         super().__init__(config)
         config.check_supported()
         self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DreamDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DreamDecoderLayer(config, sizes) for sizes in sizes_in_config(config))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # The official code rotates in the model's dtype, unlike LLaDA's.
         self.rotary = RotaryTables(config.head_dim, config.rope_theta, full_precision=False)

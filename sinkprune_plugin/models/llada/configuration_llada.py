@@ -7,6 +7,14 @@ from transformers.configuration_utils import PreTrainedConfig
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.auto_classes import register_imported
 from sinkprune_plugin.models.number_checks import check_numbers
+from sinkprune_plugin.models.sizes_in_config import (
+    SIZES_KEY,
+    check_head_width,
+    derived_head_width,
+    mark_formula,
+    sizes_in_config,
+    unmark_formula,
+)
 
 __all__ = ["LLaDAConfig", "MMaDAConfig"]
 
@@ -39,6 +47,8 @@ class LLaDAConfig(PreTrainedConfig):
     :param n_layers: decoder blocks
     :param n_heads: query heads
     :param n_kv_heads: key and value heads; None: ``n_heads``, or 1 with ``multi_query_attention``
+    :param head_dim: width of one attention head; 0: ``d_model`` ÷ ``n_heads``. Anything else than that needs
+        ``sinkprune_block_sizes``, the sizes of single blocks from which units were removed
     :param multi_query_attention: True for one key head; contradicting ``n_kv_heads`` is refused
     :param mlp_hidden_size: width of the gated MLP; None: ``mlp_ratio`` × ``d_model``
     :param mlp_ratio: see ``mlp_hidden_size``
@@ -74,6 +84,7 @@ class LLaDAConfig(PreTrainedConfig):
     n_layers: int = 32
     n_heads: int = 32
     n_kv_heads: int | None = None
+    head_dim: int = 0
     multi_query_attention: bool | None = None
     mlp_hidden_size: int | None = None
     mlp_ratio: int = 4
@@ -115,17 +126,19 @@ class LLaDAConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Take over keys that aren't fields; see ``PreTrainedConfig``."""
         register_imported()
+        sized = kwargs.get(SIZES_KEY) is not None
+        self.block_type = unmark_formula(self.block_type, sized=sized)
+        self.head_dim = self.head_dim or derived_head_width(self.d_model, self.n_heads, sized=sized)
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """See ``PreTrainedConfig``; official code refuses a block type that it doesn't know, naming it."""
+        return mark_formula(super().to_dict(), "block_type")
 
     @property
     def embedding_rows(self) -> int:
         """Rows of the embedding table, at least ``vocab_size``."""
         return self.embedding_size or self.vocab_size
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.d_model // self.n_heads
 
     @property
     def num_key_value_heads(self) -> int:
@@ -163,7 +176,7 @@ class LLaDAConfig(PreTrainedConfig):
         """
         check_numbers(
             self,
-            sizes=("vocab_size", "d_model", "n_layers", "n_heads", "max_sequence_length", "mlp_ratio"),
+            sizes=("vocab_size", "d_model", "n_layers", "n_heads", "head_dim", "max_sequence_length", "mlp_ratio"),
             optional=("embedding_size", "n_kv_heads", "mlp_hidden_size"),
             positive=("rope_theta", "rms_norm_eps"),
         )
@@ -178,14 +191,12 @@ class LLaDAConfig(PreTrainedConfig):
             raise UsageError(
                 f"embedding_size={self.embedding_size} is less than vocab_size={self.vocab_size}; raise embedding_size"
             )
-        if self.d_model % self.n_heads or self.head_dim % 2:
-            raise UsageError(
-                f"d_model={self.d_model} over n_heads={self.n_heads} must give heads of one even width; change one"
-            )
+        check_head_width(self, "d_model", "n_heads")
         if self.n_heads % self.num_key_value_heads:
             raise UsageError(
                 f"n_heads={self.n_heads} is no multiple of n_kv_heads={self.num_key_value_heads}; change one"
             )
+        sizes_in_config(self)
 
 
 class MMaDAConfig(LLaDAConfig):

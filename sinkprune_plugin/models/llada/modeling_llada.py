@@ -15,6 +15,7 @@ from sinkprune_plugin.models.diffusion_lm import DiffusionLM, HiddenStates, chec
 from sinkprune_plugin.models.llada.configuration_llada import LLaDAConfig, MMaDAConfig
 from sinkprune_plugin.models.rms_norm import RMSNorm
 from sinkprune_plugin.models.rotary import RotaryTables, apply_rotary
+from sinkprune_plugin.models.sizes_in_config import BlockSizes, sizes_in_config
 
 __all__ = ["LLaDALlamaBlock", "LLaDAModel", "LLaDAModelLM", "MMaDAModelLM"]
 
@@ -27,25 +28,26 @@ def _norm(config: LLaDAConfig) -> RMSNorm:
 class LLaDALlamaBlock(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)) with MLP(x) = ff_out(act(ff_proj x) ⊙ up_proj x).
 
-    :param config: the model's configuration
+    :param config: the model's configuration, checked
+    :param sizes: of this block
     """
 
-    def __init__(self, config: LLaDAConfig) -> None:
+    def __init__(self, config: LLaDAConfig, sizes: BlockSizes) -> None:
         super().__init__()
-        self.n_heads = config.n_heads
-        self.n_kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
         self.attention_dropout = config.attention_dropout
-        width, kv_width = config.d_model, self.n_kv_heads * config.head_dim
+        width, channels = config.d_model, sizes.mlp_channels
+        q_width, kv_width = sizes.attention_heads * self.head_dim, sizes.key_value_heads * self.head_dim
         bias, qkv_bias = bool(config.include_bias), bool(config.include_bias or config.include_qkv_bias)
         self.attn_norm = _norm(config)
-        self.q_proj = nn.Linear(width, width, bias=qkv_bias)
+        self.q_proj = nn.Linear(width, q_width, bias=qkv_bias)
         self.k_proj = nn.Linear(width, kv_width, bias=qkv_bias)
         self.v_proj = nn.Linear(width, kv_width, bias=qkv_bias)
-        self.attn_out = nn.Linear(width, width, bias=bias)
+        self.attn_out = nn.Linear(q_width, width, bias=bias)
         self.ff_norm = _norm(config)
-        self.ff_proj = nn.Linear(width, config.intermediate_size, bias=bias)
-        self.up_proj = nn.Linear(width, config.intermediate_size, bias=bias)
-        self.ff_out = nn.Linear(config.intermediate_size, width, bias=bias)
+        self.ff_proj = nn.Linear(width, channels, bias=bias)
+        self.up_proj = nn.Linear(width, channels, bias=bias)
+        self.ff_out = nn.Linear(channels, width, bias=bias)
         self.act = ACT2FN[config.activation_type]
         self.dropout = nn.Dropout(config.residual_dropout)
 
@@ -64,9 +66,9 @@ class LLaDALlamaBlock(nn.Module):
         """
         cos, sin = position_embeddings
         x = self.attn_norm(hidden_states)
-        q = apply_rotary(split_heads(self.q_proj(x), self.n_heads), cos, sin)
-        k = apply_rotary(split_heads(self.k_proj(x), self.n_kv_heads), cos, sin)
-        v = split_heads(self.v_proj(x), self.n_kv_heads)
+        q = apply_rotary(split_heads(self.q_proj(x), self.head_dim), cos, sin)
+        k = apply_rotary(split_heads(self.k_proj(x), self.head_dim), cos, sin)
+        v = split_heads(self.v_proj(x), self.head_dim)
         heads = attend(q, k, v, attention_mask, self.attention_dropout if self.training else 0.0)
         hidden_states = hidden_states + self.dropout(self.attn_out(heads))
         x = self.ff_norm(hidden_states)
@@ -84,7 +86,7 @@ class LLaDATransformer(nn.Module):
         rows = config.embedding_rows
         self.wte: nn.Module = nn.Embedding(rows, config.d_model)
         self.emb_drop = nn.Dropout(config.embedding_dropout)
-        self.blocks = nn.ModuleList(LLaDALlamaBlock(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(LLaDALlamaBlock(config, sizes) for sizes in sizes_in_config(config))
         self.ln_f = _norm(config)
         # The official code has no bias here if the weight is the embedding's.
         bias = bool(config.include_bias and not config.weight_tying)

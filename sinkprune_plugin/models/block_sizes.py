@@ -1,0 +1,255 @@
+"""Units of decoder blocks in memory: how many there are, and keeping some of them, so that the model gets smaller.
+
+A unit is a channel of the gated MLP, a query head, or a whole block. Removing one takes rows and columns out of all
+Linears that share it (:class:`~sinkprune_plugin.models.catalogue.Units`). After each of these functions the model's
+configuration says what the model is, so that ``save_pretrained`` and ``from_pretrained`` give the same model again.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.models.catalogue import NATIVE_MODELS, Units
+from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
+from sinkprune_plugin.models.sizes_in_config import DENSE_KEY, SIZES_KEY, BlockSizes, ordinary_sizes, sizes_in_config
+
+__all__ = ["BlockSizes", "block_sizes", "keep_units", "remove_blocks", "settle_config", "units_of"]
+
+
+def units_of(model: nn.Module) -> Units:
+    """What can be removed from a model's decoder blocks.
+
+    :param model: a native model
+    :return: the names of the Linears that share units
+    :raises UsageError: if the model's family has none in the catalogue, or the model is of another class than ours
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    native = next((native for native in NATIVE_MODELS if native.model_type == model_type), None)
+    if native is None or native.units is None:
+        known = ", ".join(native.model_type for native in NATIVE_MODELS if native.units is not None)
+        raise UsageError(
+            f"{type(model).__name__} (model_type {model_type!r}) has no units in sinkprune_plugin/models/catalogue.py, "
+            f"only {known} have; docs/adding-a-family.md says how to add a family"
+        )
+    if not isinstance(model, native.model_class()):
+        raise UsageError(
+            f"{type(model).__name__} of {type(model).__module__} isn't this package's class for {model_type}, which "
+            "alone computes blocks of different sizes; load the model without remote code"
+        )
+    return native.units
+
+
+def block_sizes(model_or_config: Any) -> list[BlockSizes]:
+    """Sizes of each decoder block.
+
+    :param model_or_config: a native model, or its configuration
+    :return: one entry per block; of a model those of its weights, of a configuration those it asks for
+    :raises UsageError: if the configuration is wrong, or the model's family has no units
+    """
+    if not isinstance(model_or_config, nn.Module):
+        return sizes_in_config(model_or_config)
+    units, config = units_of(model_or_config), _config(model_or_config)
+    return [_sizes(block, units, config.head_dim) for block in find_decoder_blocks(model_or_config)[1]]
+
+
+def _config(model: nn.Module) -> Any:
+    # To mypy an attribute of a Module is a tensor or a module.
+    return model.config
+
+
+def _sizes(block: nn.Module, units: Units, head_dim: int) -> BlockSizes:
+    return BlockSizes(
+        mlp_channels=_linear(block, units.channel_columns).in_features,
+        attention_heads=_linear(block, units.head_columns).in_features // head_dim,
+        key_value_heads=_linear(block, units.key_value_rows[0]).out_features // head_dim,
+    )
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    module = block.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def keep_units(
+    model: nn.Module, block_index: int, *, channels: torch.Tensor | None = None, heads: torch.Tensor | None = None
+) -> None:
+    """Remove all other units from one decoder block, in place; what stays keeps its order.
+
+    With grouped-query attention each key and value head must keep all, none or one common number of its query heads; a
+    key and value head without query heads is removed too.
+
+    :param model: a native model, may be offloaded with compressed-tensors
+    :param block_index: number of the block
+    :param channels: (n,) int64, channels of the MLP that stay; None: all
+    :param heads: (m,) int64, query heads that stay; None: all
+    :raises UsageError: if nothing would stay, an index is out of range or there twice, the query heads don't fit the
+        key and value heads, or a Linear shares its weight with another or is quantized by groups of columns
+    """
+    units, head_dim = units_of(model), _config(model).head_dim
+    name, blocks = find_decoder_blocks(model)
+    block, where = blocks[block_index], f"{name}.{block_index}"
+    sizes = _sizes(block, units, head_dim)
+    rows: dict[str, torch.Tensor] = {}
+    columns: dict[str, torch.Tensor] = {}
+    if channels is not None:
+        kept = _checked(channels, sizes.mlp_channels, f"{where}: channels")
+        rows |= dict.fromkeys(units.channel_rows, kept)
+        columns[units.channel_columns] = kept
+    if heads is not None:
+        kept = _checked(heads, sizes.attention_heads, f"{where}: attention heads")
+        groups = _kept_groups(kept, sizes, where)
+        rows[units.head_rows] = columns[units.head_columns] = _elements(kept, head_dim)
+        rows |= dict.fromkeys(units.key_value_rows, _elements(groups, head_dim))
+    changed = {part: _linear(block, part) for part in (*rows, *columns)}
+    _refuse_shared(model, changed, where)
+    for part, linear in changed.items():
+        _refuse_column_groups(linear, f"{where}.{part}", cut=part in columns)
+    _record_dense(model)
+    for part, linear in changed.items():
+        _slice(linear, rows.get(part), columns.get(part))
+    settle_config(model)
+
+
+def remove_blocks(model: nn.Module, indices: Collection[int]) -> None:
+    """Remove whole decoder blocks, in place; those that stay move up.
+
+    :param model: a native model
+    :param indices: numbers of the blocks to remove
+    :raises UsageError: if no block would stay, or there is no block of a number
+    """
+    units_of(model)
+    name, blocks = find_decoder_blocks(model)
+    wrong = sorted(index for index in indices if not 0 <= index < len(blocks))
+    if wrong:
+        raise UsageError(f"{name} has no block {wrong[0]}, only 0 to {len(blocks) - 1}; name one of those")
+    gone = set(indices)
+    if len(gone) == len(blocks):
+        raise UsageError(f"all {len(blocks)} blocks of {name} would be removed; keep at least one")
+    _record_dense(model)
+    # The list itself stays: forward and hooks hold on to it.
+    for index in sorted(gone, reverse=True):
+        del blocks[index]
+    _config(model).num_hidden_layers = len(blocks)
+    settle_config(model)
+
+
+def settle_config(model: nn.Module) -> None:
+    """Make the configuration say what the model's weights are. Idempotent.
+
+    Where the ordinary options can say it, they do, and official code loads the checkpoint. Otherwise they hold the
+    largest sizes of any block, and ``sinkprune_block_sizes`` those of each.
+
+    :param model: a native model
+    :raises UsageError: if its family has no units
+    """
+    config, sizes = _config(model), block_sizes(model)
+    config.num_hidden_layers = len(sizes)
+    groups = max(block.key_value_heads for block in sizes)
+    heads = max(block.attention_heads for block in sizes)
+    # The options must be a multiple of each other, which the largest of two blocks may not be.
+    largest = BlockSizes(max(block.mlp_channels for block in sizes), math.ceil(heads / groups) * groups, groups)
+    if largest != ordinary_sizes(config):
+        config.intermediate_size = largest.mlp_channels
+        config.num_attention_heads = largest.attention_heads
+        config.num_key_value_heads = largest.key_value_heads
+    alike = all(block == largest for block in sizes)
+    if alike and largest.attention_heads * config.head_dim == config.hidden_size:
+        if hasattr(config, SIZES_KEY):
+            delattr(config, SIZES_KEY)
+    else:
+        setattr(config, SIZES_KEY, [block.to_json() for block in sizes])
+
+
+def _checked(indices: torch.Tensor, count: int, what: str) -> torch.Tensor:
+    kept = indices.detach().cpu().sort().values
+    if kept.dtype != torch.int64 or kept.dim() != 1:
+        raise UsageError(
+            f"{what} to keep are given as {kept.dtype} of {kept.dim()} dimensions; give their numbers, a list of int64"
+        )
+    if not len(kept):
+        raise UsageError(f"{what}: none of {count} would stay; keep at least one, or remove the whole block")
+    if kept[0] < 0 or kept[-1] >= count:
+        wrong = int(kept[0] if kept[0] < 0 else kept[-1])
+        raise UsageError(f"{what} are numbered from 0 to {count - 1}; there is none of number {wrong}")
+    if bool((kept[1:] == kept[:-1]).any()):
+        raise UsageError(f"{what}: {int(kept[1:][kept[1:] == kept[:-1]][0])} is named twice; name each once")
+    return kept
+
+
+def _kept_groups(heads: torch.Tensor, sizes: BlockSizes, where: str) -> torch.Tensor:
+    """Key and value heads that keep query heads, checked for as many each."""
+    share = sizes.attention_heads // sizes.key_value_heads
+    groups, counts = (heads // share).unique(return_counts=True)
+    if counts.min() != counts.max():
+        raise UsageError(
+            f"{where}: key and value head {int(groups[counts.argmin()])} would keep {int(counts.min())} of its {share} "
+            f"query heads and {int(groups[counts.argmax()])} would keep {int(counts.max())}; keep as many of each, or "
+            "none"
+        )
+    return groups
+
+
+def _elements(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
+    return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
+
+
+def _parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    # Where compressed-tensors offloads a module, its dict brings a tensor in at each access; these are those at rest.
+    stored = getattr(module._parameters, "offloaded_values", module._parameters)
+    return ((name, tensor) for name, tensor in stored.items() if tensor is not None)
+
+
+def _refuse_shared(model: nn.Module, changed: dict[str, nn.Linear], where: str) -> None:
+    owners = Counter(
+        id(tensor) for _, module in model.named_modules(remove_duplicate=False) for _, tensor in _parameters(module)
+    )
+    for part, linear in changed.items():
+        for name, tensor in _parameters(linear):
+            if owners[id(tensor)] > 1:
+                raise UsageError(
+                    f"{where}.{part}.{name} is shared with another module, which would lose the same units; give each "
+                    "module its own weights first"
+                )
+
+
+def _refuse_column_groups(linear: nn.Linear, name: str, *, cut: bool) -> None:
+    if cut and any(
+        kind != "weight" and tensor.dim() > 1 and tensor.shape[1] > 1 for kind, tensor in _parameters(linear)
+    ):
+        raise UsageError(
+            f"{name} is quantized by groups of columns, of which some would go; remove units before quantizing"
+        )
+
+
+@torch.no_grad()
+def _slice(linear: nn.Linear, rows: torch.Tensor | None, columns: torch.Tensor | None) -> None:
+    for name, stored in list(_parameters(linear)):
+        # Rows of everything there is per row, scales of a quantization included.
+        kept_rows = rows if stored.dim() > 0 and stored.shape[0] == linear.out_features else None
+        kept_columns = columns if name == "weight" else None
+        if kept_rows is None and kept_columns is None:
+            continue
+        tensor = getattr(linear, name)
+        if kept_rows is not None:
+            tensor = tensor.index_select(0, kept_rows.to(tensor.device))
+        if kept_columns is not None:
+            tensor = tensor.index_select(1, kept_columns.to(tensor.device))
+        # A tensor of another size can't be copied into the offloaded one; deleted and set, it is offloaded anew.
+        delattr(linear, name)
+        linear.register_parameter(name, nn.Parameter(tensor.contiguous(), requires_grad=stored.requires_grad))
+    linear.out_features, linear.in_features = (int(size) for size in linear.weight.shape)
+
+
+def _record_dense(model: nn.Module) -> None:
+    if getattr(model.config, DENSE_KEY, None) is None:
+        setattr(model.config, DENSE_KEY, sum(tensor.numel() for tensor in _distinct_parameters(model)))
+
+
+def _distinct_parameters(model: nn.Module) -> Collection[torch.Tensor]:
+    return {id(tensor): tensor for module in model.modules() for _, tensor in _parameters(module)}.values()

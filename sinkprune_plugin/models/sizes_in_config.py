@@ -1,0 +1,152 @@
+"""Widths of single decoder blocks in config.json: the key ``sinkprune_block_sizes``, specified in docs/format.md.
+
+It is there where the ordinary options, which hold for all blocks, can't say what the blocks are. The official code
+ignores keys that it doesn't know, so an option that names a formula then has a value that it does refuse.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from sinkprune_plugin.errors import UsageError, short
+
+__all__ = [
+    "DENSE_KEY",
+    "SIZES_KEY",
+    "BlockSizes",
+    "check_head_width",
+    "derived_head_width",
+    "mark_formula",
+    "ordinary_sizes",
+    "sizes_in_config",
+    "unmark_formula",
+]
+
+SIZES_KEY = "sinkprune_block_sizes"
+DENSE_KEY = "sinkprune_dense_parameters"
+
+# Shown by official code as the name of an unknown formula, hence with what to do.
+_MARK = f" with {SIZES_KEY} (load it with sinkprune-plugin)"
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """Units of one decoder block.
+
+    :param mlp_channels: width of the gated MLP
+    :param attention_heads: query heads
+    :param key_value_heads: key and value heads; divides ``attention_heads``
+    """
+
+    mlp_channels: int
+    attention_heads: int
+    key_value_heads: int
+
+    def to_json(self) -> dict[str, int]:
+        """One entry of ``sinkprune_block_sizes``."""
+        return asdict(self)
+
+
+def ordinary_sizes(config: Any) -> BlockSizes:
+    """What the ordinary options say of each block; the largest ones where the blocks differ.
+
+    :param config: LLaDA's, Dream's or another configuration with transformers' names
+    :return: the sizes, unchecked
+    """
+    heads = config.num_attention_heads
+    return BlockSizes(config.intermediate_size, heads, config.num_key_value_heads or heads)
+
+
+def sizes_in_config(config: Any) -> list[BlockSizes]:
+    """Sizes of each decoder block, by the configuration.
+
+    :param config: configuration whose ordinary options have been checked
+    :return: one entry per block
+    :raises UsageError: if ``sinkprune_block_sizes`` isn't a valid list, naming the entry
+    """
+    ordinary, blocks = ordinary_sizes(config), config.num_hidden_layers
+    stored = getattr(config, SIZES_KEY, None)
+    if stored is None:
+        return [ordinary] * blocks
+    if isinstance(stored, str) or not isinstance(stored, Sequence):
+        raise _wrong(f"{SIZES_KEY} is of type {type(stored).__name__}; it must be a list, one entry per decoder block")
+    if len(stored) != blocks:
+        raise _wrong(f"{SIZES_KEY} has {len(stored)} entries for {blocks} decoder blocks")
+    return [_entry(number, entry, ordinary) for number, entry in enumerate(stored)]
+
+
+def _entry(number: int, entry: Any, ordinary: BlockSizes) -> BlockSizes:
+    where = f"{SIZES_KEY}[{number}]"
+    names = [field.name for field in fields(BlockSizes)]
+    if not isinstance(entry, Mapping) or set(entry) != set(names):
+        found = sorted(map(str, entry)) if isinstance(entry, Mapping) else entry
+        raise _wrong(f"{where} must have the keys {', '.join(names)}, not {short(repr(found))}")
+    for name in names:
+        value, largest = entry[name], getattr(ordinary, name)
+        if type(value) is not int or value < 1:
+            raise _wrong(f"{where}.{name} is {short(repr(value))}; it must be a whole number of at least 1")
+        if value > largest:
+            raise _wrong(f"{where}.{name} is {value}, more than the {largest} that the configuration allows any block")
+    sizes = BlockSizes(**entry)
+    if sizes.attention_heads % sizes.key_value_heads:
+        raise _wrong(
+            f"{where}.attention_heads is {sizes.attention_heads}, no multiple of its {sizes.key_value_heads} "
+            "key_value_heads"
+        )
+    return sizes
+
+
+def _wrong(what: str) -> UsageError:
+    return UsageError(f"{what}; correct config.json")
+
+
+def derived_head_width(width: Any, heads: Any, *, sized: bool) -> int:
+    """Width of a head where the configuration doesn't say it.
+
+    :param width: of the hidden states
+    :param heads: query heads
+    :param sized: whether the configuration has ``sinkprune_block_sizes``, from which it can't be derived
+    :return: the width, 0 where there is none; :func:`check_head_width` tells whether it fits
+    """
+    return width // heads if not sized and type(width) is type(heads) is int and heads > 0 else 0
+
+
+def check_head_width(config: Any, width: str, heads: str) -> None:
+    """Check the width of a head. Heads that don't fill the hidden states need ``sinkprune_block_sizes``.
+
+    The ordinary options alone must mean what they mean to the official code, which divides the first by the second.
+
+    :param config: configuration whose numbers have been checked one by one
+    :param width: name of the option with the width of the hidden states
+    :param heads: name of the option with the query heads
+    :raises UsageError: if the width is odd, or isn't the quotient
+    """
+    given, count = getattr(config, width), getattr(config, heads)
+    fills = config.head_dim * count == given or getattr(config, SIZES_KEY, None) is not None
+    if config.head_dim % 2 or not fills:
+        raise UsageError(
+            f"{width}={given} over {heads}={count} must give heads of one even width, which head_dim={config.head_dim} "
+            "isn't; change one of them"
+        )
+
+
+def mark_formula(config: dict[str, Any], option: str) -> dict[str, Any]:
+    """Make official code refuse a configuration that it would compute wrongly, in words that say what to do.
+
+    :param config: keys as they are going to be written, changed in place
+    :param option: a key whose unknown values official code refuses by name
+    :return: ``config``
+    """
+    value = config.get(option)
+    if config.get(SIZES_KEY) is not None and isinstance(value, str) and not value.endswith(_MARK):
+        config[option] = value + _MARK
+    return config
+
+
+def unmark_formula(value: Any, *, sized: bool) -> Any:
+    """Undo :func:`mark_formula` for one value.
+
+    :param value: as in config.json
+    :param sized: whether the configuration has ``sinkprune_block_sizes``; without it, the mark stays and is refused
+    """
+    return value.removesuffix(_MARK) if sized and isinstance(value, str) else value
