@@ -63,6 +63,7 @@ class PreparedHessian:
     dead: torch.Tensor
     dampening_frac: float
     shift: torch.Tensor | None = None
+    _lower: torch.Tensor | None = field(default=None, repr=False)
     _resolvent: tuple[float, torch.Tensor] | None = field(default=None, repr=False)
 
     def target(self, W: torch.Tensor) -> torch.Tensor:
@@ -93,6 +94,15 @@ class PreparedHessian:
             self._resolvent = penalty, torch.cholesky_inverse(lower)
         return self._resolvent[1]
 
+    def inverse(self) -> torch.Tensor:
+        """Hn⁻¹; once, since the factor that ``prepare_hessian(…, invertible=True)`` kept for it is given up.
+
+        :return: (C, C) float32, a new tensor
+        """
+        assert self._lower is not None
+        lower, self._lower = self._lower, None
+        return torch.cholesky_inverse(lower)
+
     def error(self, difference: torch.Tensor) -> float:
         """Half the squared output error of a weight.
 
@@ -107,7 +117,7 @@ class PreparedHessian:
 
 
 def prepare_hessian(
-    H: torch.Tensor, dampening_frac: float, name: str, *, drift: torch.Tensor | None = None
+    H: torch.Tensor, dampening_frac: float, name: str, *, drift: torch.Tensor | None = None, invertible: bool = False
 ) -> PreparedHessian:
     """Dampen, scale and, with a drift, factor a Hessian; once for all weights that share it.
 
@@ -115,6 +125,7 @@ def prepare_hessian(
     :param dampening_frac: share of the mean diagonal that is added to the diagonal
     :param name: module name for the message
     :param drift: (C, C) float32 D with the same overall factor as H, overwritten; makes the dense output the target
+    :param invertible: :meth:`PreparedHessian.inverse` will be asked for; takes one more (C, C) float32 until then
     :return: the prepared Hessian
     :raises UsageError: if H isn't finite, or stays indefinite with the largest dampening
     """
@@ -134,16 +145,19 @@ def prepare_hessian(
         H.div_(factor).div_(factor.unsqueeze(1))
         diagonal.fill_(1.0)
         scale.mul_(factor)
-        if drift is None:
+        if drift is None and not invertible:
             return PreparedHessian(scale, H, dead, dampening_frac)
         lower, info = torch.linalg.cholesky_ex(H)
         if int(info) == 0:
             break
         dampening_frac = raise_dampening(dampening_frac, name)
+    kept_lower = lower if invertible else None
+    if drift is None:
+        return PreparedHessian(scale, H, dead, dampening_frac, _lower=kept_lower)
     # (D (H + λI)⁻¹)ᵀ = s⁻¹ Hn⁻¹ s⁻¹ Dᵀ, for H + λI = s Hn s with s the diagonal matrix of scales.
     drift.div_(scale)
     shift = torch.cholesky_solve(drift.T, lower).div_(scale.unsqueeze(1)).T
-    return PreparedHessian(scale, H, dead, dampening_frac, shift)
+    return PreparedHessian(scale, H, dead, dampening_frac, shift, kept_lower)
 
 
 def raise_dampening(dampening_frac: float, name: str) -> float:

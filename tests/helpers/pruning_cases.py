@@ -15,8 +15,9 @@ def make_layer(seed, rows, columns, tokens=None):
     return torch.randn(rows, columns, generator=generator), x, x.T @ x
 
 
-def prepared(H, drift=None, dampening=DAMPENING):
-    return prepare_hessian(H.clone(), dampening, "proj", drift=None if drift is None else drift.clone())
+def prepared(H, drift=None, dampening=DAMPENING, *, invertible=False):
+    drift = None if drift is None else drift.clone()
+    return prepare_hessian(H.clone(), dampening, "proj", drift=drift, invertible=invertible)
 
 
 def dampened(H, dampening=DAMPENING):
