@@ -1,0 +1,259 @@
+"""How far a candidate's predictions are from the dense model's, along the denoising trajectory.
+
+The value is the Kullback-Leibler divergence of a candidate's distribution from the dense model's at the masked
+positions of corrupted windows, each position weighted with 1 / p_mask of its timestep:
+
+    Σ_t Σ_i masked KL(dense_i ‖ candidate_i) / p_mask(t)   /   number of tokens of all passes
+
+That is the weight which the negative ELBO gives a token's loss ("Large Language Diffusion Models", arXiv 2502.09992,
+equation 3). Where the text follows the dense model's own distribution, the value is by how many nats per token the
+candidate's negative ELBO is above the dense model's; and every timestep counts alike, however few tokens it masks.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sinkprune_plugin.diffusion import DiffusionSpec
+from sinkprune_plugin.diffusion.corruption import mask_probability
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.modifiers import distributed
+from sinkprune_plugin.modifiers.calibration import CalibrationBatch
+from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, PassEngine
+from sinkprune_plugin.modifiers.trajectory import CorruptionSource, corrupted_passes
+
+__all__ = ["PredictionDistance", "ScoredPass", "kept_prediction_bytes", "scored_passes"]
+
+# Entered around all runs of a decoder block, given by its index: inside it the block computes as the candidate's.
+Install = Callable[[int], contextlib.AbstractContextManager[Any]]
+
+# The dense model's predictions are kept as the probabilities of its most likely tokens and what remains to all others.
+TOP_K = 64
+# Masked positions whose logits are held in float32 at a time: 1024 × 126 464 floats are half a GB for LLaDA-8B.
+ROWS_PER_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class ScoredPass:
+    """A corrupted pass, and how it counts.
+
+    :param each: the pass
+    :param masked: (B, T) bool, positions to predict
+    :param weight: 1 / p_mask of its timestep
+    """
+
+    each: CalibrationPass
+    masked: torch.Tensor
+    weight: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the pass, padding included: what its forward pass costs."""
+        return self.masked.numel()
+
+
+def scored_passes(
+    batches: Sequence[CalibrationBatch],
+    grid: Sequence[float],
+    corruption: CorruptionSource,
+    spec: DiffusionSpec,
+    noise_eps: float,
+) -> list[ScoredPass]:
+    """Noise every batch for every timestep, ordered so that any stretch of passes has windows and timesteps mixed.
+
+    :param batches: clean samples
+    :param grid: timesteps t in (0, 1]
+    :param corruption: source of the noise
+    :param spec: family and mask token
+    :param noise_eps: floor of the mask probability
+    :return: len(batches) · len(grid) passes; the k-th has batch k mod len(batches)
+    :raises UsageError: if no token is masked in any pass
+    """
+    passes = corrupted_passes(batches, grid, corruption)
+    scored = []
+    for turn in range(len(grid)):
+        for index in range(len(batches)):
+            step = (turn + index) % len(grid)
+            each = passes[index * len(grid) + step]
+            noisy = each.inputs["input_ids"]
+            assert noisy is not None
+            masked = (noisy == spec.mask_token_id) & (each.row_weights > 0)
+            scored.append(ScoredPass(each, masked, 1.0 / mask_probability(grid[step], noise_eps)))
+    if not any(bool(one.masked.any()) for one in scored):
+        raise UsageError("the noise masks no token of the calibration samples; pass longer samples")
+    return scored
+
+
+def kept_prediction_bytes(tokens: int, grid: Sequence[float], top_k: int = TOP_K) -> int:
+    """Bytes of main memory that the dense model's predictions take.
+
+    :param tokens: tokens of all clean samples
+    :param grid: timesteps
+    :param top_k: tokens kept for each position
+    :return: expected number of masked positions × (an index and a float32 log-probability for each of ``top_k`` tokens,
+        and one float32 for the rest)
+    """
+    return int(tokens * sum(grid)) * (8 * top_k + 4)
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """The dense model's distribution at P masked positions.
+
+    :param tokens: (P, k) int32, the most likely tokens
+    :param log_probs: (P, k) float32
+    :param log_rest: (P,) float32, log-probability of all other tokens together
+    """
+
+    tokens: torch.Tensor
+    log_probs: torch.Tensor
+    log_rest: torch.Tensor
+
+
+class PredictionDistance:
+    """Measures candidates, block by block and on all passes, so that a block of an offloaded model comes in once.
+
+    The dense model's predictions are computed at the first measurement and kept in main memory. Tokens beyond the most
+    likely ``top_k`` count as one, so the value is a lower bound of the divergence (data processing inequality), and
+    equal to it where ``top_k`` is the size of the vocabulary.
+
+    :param model: the dense model; a measurement leaves it as it is
+    :param blocks: its decoder blocks
+    :param passes: passes of this process, see :func:`scored_passes`
+    :param spec: family of the model
+    :param top_k: tokens kept for each position
+    :param hidden_states: where hidden states wait between blocks, ``memory`` or ``disk``
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        blocks: torch.nn.ModuleList,
+        passes: Sequence[ScoredPass],
+        spec: DiffusionSpec,
+        *,
+        top_k: int = TOP_K,
+        hidden_states: Any = "memory",
+    ) -> None:
+        self._model = model
+        self._passes = passes
+        self._shift = spec.logit_shift
+        self._top_k = min(top_k, spec.vocab_size)
+        # No bar of its own: a search has thousands of sweeps.
+        self._engine = PassEngine(model, blocks, hidden_states=hidden_states, progress=False)
+        self._dense: dict[int, _Predictions] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all passes of all processes; what :meth:`measure` can spend on a candidate at most."""
+        return sum(distributed.gather_objects(sum(one.tokens for one in self._passes)))
+
+    def measure(self, install: Install, tokens: int | None = None, number: int = 0) -> float:
+        """Divergence of a candidate, the same value in every process.
+
+        :param install: block index → context in which the block computes as the candidate's
+        :param tokens: forward tokens of all processes to spend, rounded up to whole passes; None takes all passes
+        :param number: other numbers take other passes, where not all of them are taken
+        :return: nats per token, 0 for the dense model
+        :raises UsageError: if logits aren't finite
+        """
+        chosen = self._choose(tokens, number)
+        with distributed.failing_together(), torch.no_grad():
+            self._remember([index for index in chosen if index not in self._dense])
+            losses: list[float] = []
+            self._predict(
+                chosen,
+                install,
+                lambda index, logits: losses.append(self._passes[index].weight * self._divergence(index, logits)),
+            )
+            total = sum(losses)
+            count = sum(int((self._passes[index].each.row_weights > 0).sum()) for index in chosen)
+        parts = distributed.gather_objects((total, count))
+        return sum(part[0] for part in parts) / sum(part[1] for part in parts)
+
+    def _choose(self, tokens: int | None, number: int) -> list[int]:
+        """Indices of a stretch of passes, beginning where that of the number before ended."""
+        if tokens is None:
+            return list(range(len(self._passes)))
+        # Every process takes its share.
+        wanted = -(-tokens // distributed.world_size())
+        count, found = 0, 0
+        while count < len(self._passes) and found < wanted:
+            found += self._passes[count].tokens
+            count += 1
+        begin = number * count
+        return sorted((begin + offset) % len(self._passes) for offset in range(count))
+
+    def _remember(self, indices: Sequence[int]) -> None:
+        """Compute the dense model's predictions of some passes and keep them."""
+
+        def keep(index: int, logits: Iterator[torch.Tensor]) -> None:
+            parts = [self._kept(part) for part in logits]
+            self._dense[index] = _Predictions(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+        if indices:
+            self._predict(indices, lambda _block: contextlib.nullcontext(), keep)
+
+    def _kept(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        log_probs = logits.log_softmax(dim=-1)
+        top = log_probs.topk(self._top_k, dim=-1)
+        rest = _log_rest(log_probs, top.indices)
+        return top.indices.to("cpu", torch.int32), top.values.cpu(), rest.cpu()
+
+    def _divergence(self, index: int, logits: Iterator[torch.Tensor]) -> float:
+        """Σ over masked positions of one pass of KL(dense ‖ candidate), nats."""
+        dense, done, total = self._dense[index], 0, 0.0
+        for part in logits:
+            rows = slice(done, done + len(part))
+            done += len(part)
+            tokens = dense.tokens[rows].to(part.device, torch.int64)
+            p, p_rest = dense.log_probs[rows].to(part.device), dense.log_rest[rows].to(part.device)
+            q = part.log_softmax(dim=-1)
+            q_rest = _log_rest(q, tokens)
+            divergence = (p.exp() * (p - q.gather(1, tokens))).sum(dim=-1)
+            # Nothing is left where all tokens are kept; 0 · (−∞ + ∞) would be NaN.
+            rest = torch.where(p_rest.exp() > 0, p_rest.exp() * (p_rest - q_rest), 0.0)
+            total += float((divergence + rest).sum(dtype=torch.float64))
+        return total
+
+    def _predict(
+        self, indices: Sequence[int], install: Install, receive: Callable[[int, Iterator[torch.Tensor]], None]
+    ) -> None:
+        """Run passes as the candidate and hand over each one's float32 logits at its masked positions, in chunks."""
+
+        def visit(block: OnloadedBlock) -> None:
+            with install(block.index):
+                block.run(advance=True)
+
+        outputs: list[Any] = []
+
+        @contextlib.contextmanager
+        def catch(number: int, _each: CalibrationPass) -> Iterator[None]:
+            handle = self._model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+            try:
+                yield
+            finally:
+                handle.remove()
+            # One pass's logits at a time: they are the largest activation of the model.
+            receive(indices[number], self._rows(self._passes[indices[number]], outputs.pop()))
+
+        self._engine.sweep([self._passes[index].each for index in indices], visit, title="", block_runs=0)
+        self._engine.run_head(catch, title="")
+
+    def _rows(self, one: ScoredPass, output: Any) -> Iterator[torch.Tensor]:
+        row, position = one.masked.nonzero(as_tuple=True)
+        # Dream: the logit that predicts token i is at i − 1; the first token has none and keeps its own.
+        logits = output.logits[row, (position - self._shift).clamp(min=0)]
+        if not bool(logits.isfinite().all()):
+            raise UsageError(
+                f"the logits for {one.each.source} hold NaN or Inf; check the checkpoint, or load it with dtype float32"
+            )
+        return (part.float() for part in logits.split(ROWS_PER_CHUNK))
+
+
+def _log_rest(log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    # Not log(1 − Σ p): the digits of a small rest would be lost.
+    return log_probs.scatter(1, tokens, -torch.inf).logsumexp(dim=-1)
