@@ -1,4 +1,4 @@
-"""Whole groups of input columns removed from a weight, and the rest adapted: optimal brain surgeon for groups. Torch only.
+"""Groups of input columns removed from a weight, and the rest adapted: optimal brain surgeon for groups. Torch only.
 
 With H the second moments of the weight's input, removing the columns g of W and adapting the others raises the squared
 output error by tr(W_g (H⁻¹_gg)⁻¹ W_gᵀ). The group with the smallest rise goes, W and H⁻¹ are updated, and so on: ZipLM
@@ -52,8 +52,8 @@ class RemovalPath:
 def obs_path(W: torch.Tensor, hessian: PreparedHessian, width: int, number: int) -> RemovalPath:
     """Remove units one at a time, each time the one whose removal raises the output error least.
 
-    Memory in addition to W and the prepared Hessian: its inverse, the Gram matrix and one more while it is inverted, each
-    (C, C) float32: 1.8 GB at 12288 columns.
+    Memory in addition to W and the prepared Hessian: its inverse, the Gram matrix and one more while it is inverted,
+    each (C, C) float32: 1.8 GB at 12288 columns.
 
     :param W: (rows, C) dense weight, any floating dtype, left untouched
     :param hessian: prepared Hessian of W's input; its target is W, or the dense output where it has a drift

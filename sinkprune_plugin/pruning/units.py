@@ -3,9 +3,9 @@
 A unit is what several Linears share: it is a row of those that write it and a column of the one that reads it.
 
 - A channel of the gated MLP: one row of the gate and up projections each, one column of the down projection.
-- A query head: ``head_dim`` rows of the query projection and columns of the attention's output projection. Where several
-  query heads read one key and value head (grouped-query attention), the group is the unit, with its rows of the key
-  and value projections.
+- A query head: ``head_dim`` rows of the query projection and columns of the attention's output projection. Where
+  several query heads read one key and value head (grouped-query attention), the group is the unit, with its rows of
+  the key and value projections.
 
 Whatever reads the units decides which of them go: only its columns need an input, and removing the columns removes what
 was written.
@@ -165,7 +165,7 @@ def level_widths(group: UnitGroup, number: int) -> list[int]:
     :param number: most levels
     :return: ascending, the last one ``total``
     """
-    steps = [width for width in range(group.step, group.total, group.step)]
+    steps = list(range(group.step, group.total, group.step))
     # From above: few levels should rather leave out the smallest widths.
     spacing = max(1, math.ceil(len(steps) / max(1, number - 1)))
     return [*reversed(list(reversed(steps))[spacing - 1 :: spacing]), group.total]
