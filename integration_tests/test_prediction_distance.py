@@ -8,7 +8,6 @@ import torch
 from sinkprune_plugin.diffusion import resolve_diffusion, timestep_grid
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
-from sinkprune_plugin.modifiers import prediction_distance
 from sinkprune_plugin.modifiers.calibration import CalibrationBatch
 from sinkprune_plugin.modifiers.prediction_distance import PredictionDistance, kept_prediction_bytes, scored_passes
 from sinkprune_plugin.modifiers.trajectory import TrajectoryCorruption
@@ -66,8 +65,7 @@ def installer(blocks, chosen):
 def test_equals_the_definition_where_all_tokens_are_kept(setting, shift, monkeypatch):
     model, blocks, spec, passes = setting
     monkeypatch.setattr(type(spec), "logit_shift", shift)
-    monkeypatch.setattr(prediction_distance, "ROWS_PER_CHUNK", 7)
-    distance = PredictionDistance(model, blocks, passes, spec, top_k=spec.vocab_size)
+    distance = PredictionDistance(model, blocks, passes, spec, top_k=spec.vocab_size - 1)
     expected = plain(model, passes, lambda: halved(blocks[2]), shift)
     # float32 log-probabilities of 2048 tokens.
     assert distance.measure(installer(blocks, 2)) == pytest.approx(expected, rel=1e-4)
@@ -87,12 +85,10 @@ def test_the_dense_model_has_no_distance_and_is_left_as_it_was(setting):
 def test_fewer_tokens_kept_give_a_lower_bound_that_closes(setting):
     model, blocks, spec, passes = setting
     found = []
-    for top_k in (1, 16, 256, spec.vocab_size):
+    for top_k in (1, 16, 256, spec.vocab_size - 1):
         distance = PredictionDistance(model, blocks, passes, spec, top_k=top_k)
         found.append(distance.measure(installer(blocks, 1)))
-        kept = sum(
-            each.tokens.nbytes + each.log_probs.nbytes + each.log_rest.nbytes for each in distance._dense.values()
-        )
+        kept = sum(each.ids.nbytes + each.log_probabilities.nbytes for each in distance._dense.values())
         # The expected number of masked tokens; 3 · 64 · 2.5 = 480 of them are binomially spread by 4 %.
         assert kept == pytest.approx(kept_prediction_bytes(3 * 64 - 14, GRID, top_k), rel=0.15)
     assert found == sorted(found)

@@ -19,6 +19,7 @@ import torch
 
 from sinkprune_plugin.diffusion import DiffusionSpec
 from sinkprune_plugin.diffusion.corruption import mask_probability
+from sinkprune_plugin.diffusion.training_loss import TopPredictions, divergence, predictions, top_predictions
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.calibration import CalibrationBatch
@@ -32,8 +33,6 @@ Install = Callable[[int], contextlib.AbstractContextManager[Any]]
 
 # The dense model's predictions are kept as the probabilities of its most likely tokens and what remains to all others.
 TOP_K = 64
-# Masked positions whose logits are held in float32 at a time: 1024 × 126 464 floats are half a GB for LLaDA-8B.
-ROWS_PER_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -93,32 +92,16 @@ def kept_prediction_bytes(tokens: int, grid: Sequence[float], top_k: int = TOP_K
     :param tokens: tokens of all clean samples
     :param grid: timesteps
     :param top_k: tokens kept for each position
-    :return: expected number of masked positions × (an index and a float32 log-probability for each of ``top_k`` tokens,
-        and one float32 for the rest)
+    :return: expected number of masked positions × ``top_k`` × (an int32 index and a float32 log-probability)
     """
-    return int(tokens * sum(grid)) * (8 * top_k + 4)
-
-
-@dataclass(frozen=True)
-class _Predictions:
-    """The dense model's distribution at P masked positions.
-
-    :param tokens: (P, k) int32, the most likely tokens
-    :param log_probs: (P, k) float32
-    :param log_rest: (P,) float32, log-probability of all other tokens together
-    """
-
-    tokens: torch.Tensor
-    log_probs: torch.Tensor
-    log_rest: torch.Tensor
+    return int(tokens * sum(grid)) * 8 * top_k
 
 
 class PredictionDistance:
     """Measures candidates, block by block and on all passes, so that a block of an offloaded model comes in once.
 
     The dense model's predictions are computed at the first measurement and kept in main memory. Tokens beyond the most
-    likely ``top_k`` count as one, so the value is a lower bound of the divergence (data processing inequality), and
-    equal to it where ``top_k`` is the size of the vocabulary.
+    likely ``top_k`` count as one, so the value is a lower bound of the divergence (data processing inequality).
 
     :param model: the dense model; a measurement leaves it as it is
     :param blocks: its decoder blocks
@@ -140,11 +123,11 @@ class PredictionDistance:
     ) -> None:
         self._model = model
         self._passes = passes
-        self._shift = spec.logit_shift
-        self._top_k = min(top_k, spec.vocab_size)
+        self._spec = spec
+        self._top_k = top_k
         # No bar of its own: a search has thousands of sweeps.
         self._engine = PassEngine(model, blocks, hidden_states=hidden_states, progress=False)
-        self._dense: dict[int, _Predictions] = {}
+        self._dense: dict[int, TopPredictions] = {}
 
     @property
     def tokens(self) -> int:
@@ -164,11 +147,14 @@ class PredictionDistance:
         with distributed.failing_together(), torch.no_grad():
             self._remember([index for index in chosen if index not in self._dense])
             losses: list[float] = []
-            self._predict(
-                chosen,
-                install,
-                lambda index, logits: losses.append(self._passes[index].weight * self._divergence(index, logits)),
-            )
+
+            def compare(index: int, logits: torch.Tensor) -> None:
+                dense = self._dense[index]
+                kept = TopPredictions(dense.ids.long(), dense.log_probabilities)
+                lost = divergence(logits, kept).sum(dtype=torch.float64)
+                losses.append(self._passes[index].weight * float(lost))
+
+            self._predict(chosen, install, compare)
             total = sum(losses)
             count = sum(int((self._passes[index].each.row_weights > 0).sum()) for index in chosen)
         parts = distributed.gather_objects((total, count))
@@ -190,39 +176,16 @@ class PredictionDistance:
     def _remember(self, indices: Sequence[int]) -> None:
         """Compute the dense model's predictions of some passes and keep them."""
 
-        def keep(index: int, logits: Iterator[torch.Tensor]) -> None:
-            parts = [self._kept(part) for part in logits]
-            self._dense[index] = _Predictions(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        def keep(index: int, logits: torch.Tensor) -> None:
+            top = top_predictions(logits, self._top_k)
+            # No vocabulary needs 64 bits.
+            self._dense[index] = TopPredictions(top.ids.to("cpu", torch.int32), top.log_probabilities.cpu())
 
         if indices:
             self._predict(indices, lambda _block: contextlib.nullcontext(), keep)
 
-    def _kept(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        log_probs = logits.log_softmax(dim=-1)
-        top = log_probs.topk(self._top_k, dim=-1)
-        rest = _log_rest(log_probs, top.indices)
-        return top.indices.to("cpu", torch.int32), top.values.cpu(), rest.cpu()
-
-    def _divergence(self, index: int, logits: Iterator[torch.Tensor]) -> float:
-        """Σ over masked positions of one pass of KL(dense ‖ candidate), nats."""
-        dense, done, total = self._dense[index], 0, 0.0
-        for part in logits:
-            rows = slice(done, done + len(part))
-            done += len(part)
-            tokens = dense.tokens[rows].to(part.device, torch.int64)
-            p, p_rest = dense.log_probs[rows].to(part.device), dense.log_rest[rows].to(part.device)
-            q = part.log_softmax(dim=-1)
-            q_rest = _log_rest(q, tokens)
-            divergence = (p.exp() * (p - q.gather(1, tokens))).sum(dim=-1)
-            # Nothing is left where all tokens are kept; 0 · (−∞ + ∞) would be NaN.
-            rest = torch.where(p_rest.exp() > 0, p_rest.exp() * (p_rest - q_rest), 0.0)
-            total += float((divergence + rest).sum(dtype=torch.float64))
-        return total
-
-    def _predict(
-        self, indices: Sequence[int], install: Install, receive: Callable[[int, Iterator[torch.Tensor]], None]
-    ) -> None:
-        """Run passes as the candidate and hand over each one's float32 logits at its masked positions, in chunks."""
+    def _predict(self, indices: Sequence[int], install: Install, receive: Callable[[int, torch.Tensor], None]) -> None:
+        """Run passes as the candidate and hand over the logits (K, V) that predict each one's masked tokens."""
 
         def visit(block: OnloadedBlock) -> None:
             with install(block.index):
@@ -238,22 +201,14 @@ class PredictionDistance:
             finally:
                 handle.remove()
             # One pass's logits at a time: they are the largest activation of the model.
-            receive(indices[number], self._rows(self._passes[indices[number]], outputs.pop()))
+            one = self._passes[indices[number]]
+            logits = predictions(outputs.pop().logits, one.masked, self._spec)
+            if not bool(logits.isfinite().all()):
+                raise UsageError(
+                    f"the logits for {one.each.source} hold NaN or Inf; check the checkpoint, or load it with dtype "
+                    "float32"
+                )
+            receive(indices[number], logits)
 
         self._engine.sweep([self._passes[index].each for index in indices], visit, title="", block_runs=0)
         self._engine.run_head(catch, title="")
-
-    def _rows(self, one: ScoredPass, output: Any) -> Iterator[torch.Tensor]:
-        row, position = one.masked.nonzero(as_tuple=True)
-        # Dream: the logit that predicts token i is at i − 1; the first token has none and keeps its own.
-        logits = output.logits[row, (position - self._shift).clamp(min=0)]
-        if not bool(logits.isfinite().all()):
-            raise UsageError(
-                f"the logits for {one.each.source} hold NaN or Inf; check the checkpoint, or load it with dtype float32"
-            )
-        return (part.float() for part in logits.split(ROWS_PER_CHUNK))
-
-
-def _log_rest(log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    # Not log(1 − Σ p): the digits of a small rest would be lost.
-    return log_probs.scatter(1, tokens, -torch.inf).logsumexp(dim=-1)
