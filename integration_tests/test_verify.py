@@ -56,7 +56,7 @@ def test_the_report_holds_quality_samples_size_speed_and_sinks(report, pruned):
     plots = {"perplexity.png", "agreement.png", "speed.png", "sparsity.png"}
     assert names >= plots | {"report.json", "report.html", "sinkprune_provenance.json", "sinks-dense", "sinks-pruned"}
     content = json.loads((report / "report.json").read_text())
-    assert (content["schema"], content["schema_version"]) == ("sinkprune.verify", 1)
+    assert (content["schema"], content["schema_version"]) == ("sinkprune.verify", 2)
     assert content["passed"] is True
     quality = content["quality"]
     assert quality["ratio_low"] < quality["ratio"] < quality["ratio_high"]
@@ -76,6 +76,14 @@ def test_the_report_holds_quality_samples_size_speed_and_sinks(report, pruned):
         (batch, cache) for batch in (1, 4) for cache in ("none", "dual")
     ]
     assert all(0 < row["forward_share"] <= 1 for row in content["speed"]["rows"])
+    speed = content["speed"]
+    assert speed["repetitions"] >= 15
+    assert 0 < speed["ratio_low"] <= speed["ratio"] <= speed["ratio_high"]
+    assert speed["why_not_faster"].startswith("transformers runs 2:4 zeros with dense kernels")
+    page = (report / "report.html").read_text()
+    assert speed["verdict"] in page
+    assert speed["why_not_faster"] in page
+    assert "best of" not in page
     assert {"dense", "pruned"} == set(content["sinks"])
 
 
@@ -87,6 +95,10 @@ def test_a_model_against_itself_is_the_same(tmp_path):
     assert content["quality"]["ratio"] == 1
     assert content["samples"]["along"] == [1.0] * 10
     assert content["size"]["file_ratio"] == 1
+    # On real clocks; the chance of another verdict is below one percent (test_speed.py).
+    assert content["speed"]["verdict"] == "no measurable difference"
+    assert content["speed"]["why_not_faster"].startswith("both run the same dense kernels")
+    assert "no measurable difference" in " ".join(done.stdout.split())
 
 
 def test_a_missed_bar_is_exit_1_with_a_whole_report_and_an_autoregressive_model_beside(pruned, tmp_path):
@@ -98,12 +110,16 @@ def test_a_missed_bar_is_exit_1_with_a_whole_report_and_an_autoregressive_model_
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) + 8, **sizes)).save_pretrained(tmp_path / "ar")
     tokenizer.save_pretrained(tmp_path / "ar")
     done = run_here("verify", EMBEDDED_MODEL, pruned, "--output", tmp_path / "out", "--quick", "--seq-len", 64,
-                    "--max-ppl-increase", 0, "--ar-model", tmp_path / "ar")  # fmt: skip
+                    "--max-ppl-increase", 0, "--min-speedup", 9, "--ar-model", tmp_path / "ar")  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     assert "MISSED" in done.stdout
     content = json.loads((tmp_path / "out" / "report.json").read_text())
     assert content["passed"] is False
-    assert content["bars"][0]["name"] == "max-ppl-increase"
+    assert [(bar["name"], bar["passed"]) for bar in content["bars"]] == [
+        ("max-ppl-increase", False),
+        ("min-speedup", False),
+    ]
+    assert content["bars"][1]["value"] == content["speed"]["ratio_low"]
     assert set(content["sinks"]) == {"dense", "pruned", "autoregressive"}
     assert "missed" in (tmp_path / "out" / "report.html").read_text()
 

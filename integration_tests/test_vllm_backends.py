@@ -40,6 +40,9 @@ def test_verify_times_both_models_in_vllm(checkpoints, tmp_path):
     speed = json.loads((tmp_path / "report" / "report.json").read_text())["speed"]
     assert speed["backend"] == "vllm"
     assert len(speed["rows"]) == 4
+    assert speed["verdict"] in ("faster", "slower", "no measurable difference")
+    assert speed["repetitions"] >= 15
+    assert bool(speed["why_not_faster"]) == is_cpu_build()
     assert all(row["dense_tokens_per_s"] > 0 and row["forward_share"] is None for row in speed["rows"])
 
 

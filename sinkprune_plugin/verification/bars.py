@@ -16,11 +16,14 @@ class Bars:
     :param max_ppl_increase: highest increase of the ELBO perplexity, in percent
     :param min_agreement: lowest share of tokens at which greedy answers agree, 0 to 1
     :param max_size_ratio: highest size of the weight files, as a share of the dense model's
+    :param min_speedup: lowest ratio of the speeds that must be certain: the lower end of the measured interval is
+        compared with it, so that neither luck nor a noisy machine can pass for speed
     """
 
     max_ppl_increase: float | None = None
     min_agreement: float | None = None
     max_size_ratio: float | None = None
+    min_speedup: float | None = None
 
     def check(self) -> None:
         """Check the limits themselves.
@@ -31,6 +34,7 @@ class Bars:
             ("--max-ppl-increase", self.max_ppl_increase, -100.0, math.inf),
             ("--min-agreement", self.min_agreement, 0.0, 1.0),
             ("--max-size-ratio", self.max_size_ratio, 0.0, math.inf),
+            ("--min-speedup", self.min_speedup, 0.0, math.inf),
         ):
             if value is not None and not low <= value <= high:
                 raise UsageError(f"{option} {value} is out of range; use a number from {low:g} to {high:g}")
@@ -69,4 +73,7 @@ def check_bars(bars: Bars, content: dict[str, Any]) -> list[BarResult]:
     if bars.max_size_ratio is not None:
         value = content["size"]["file_ratio"]
         results.append(BarResult("max-size-ratio", bars.max_size_ratio, value, value <= bars.max_size_ratio))
+    if bars.min_speedup is not None:
+        value = content["speed"]["ratio_low"]
+        results.append(BarResult("min-speedup", bars.min_speedup, value, value >= bars.min_speedup))
     return results

@@ -58,15 +58,20 @@ def _agreement(axes: Any, content: dict[str, Any]) -> None:
 
 
 def _speed(axes: Any, content: dict[str, Any]) -> None:
-    rows = content["speed"]["rows"]
-    places = range(len(rows))
-    axes.bar([p - 0.2 for p in places], [row["dense_tokens_per_s"] for row in rows], 0.4, color=DENSE_COLOR,
-             label="dense")  # fmt: skip
-    axes.bar([p + 0.2 for p in places], [row["pruned_tokens_per_s"] for row in rows], 0.4, color=PRUNED_COLOR,
-             label="pruned")  # fmt: skip
-    axes.set_xticks(list(places), [f"batch {row['batch']}\n{row['cache']}" for row in rows])
-    axes.set_ylabel("tokens per second")
-    axes.legend(frameon=False)
+    """Ratios with intervals, the whole above the cells, so that a noisy cell can't be mistaken for a result."""
+    speed = content["speed"]
+    rows = list(reversed(speed["rows"]))
+    names = [f"batch {row['batch']}, {row['cache']}" for row in rows] + ["all"]
+    for place, row in enumerate([*rows, speed]):
+        whole = place == len(rows)
+        ends = [[row["ratio"] - row["ratio_low"]], [row["ratio_high"] - row["ratio"]]]
+        axes.errorbar([row["ratio"]], [place], xerr=ends, fmt="D" if whole else "o", capsize=3,
+                      linewidth=2.5 if whole else 1.2, color=PRUNED_COLOR if whole else DENSE_COLOR)  # fmt: skip
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.set_xlabel(f"times the dense model's speed ({100 * speed['confidence']:g} % intervals)")
+    axes.set_title(f"Speed: {speed['verdict']}", loc="left", fontsize=11)
 
 
 def _sparsity(axes: Any, content: dict[str, Any]) -> None:

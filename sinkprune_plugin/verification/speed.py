@@ -1,8 +1,9 @@
 """Tokens per second of two models, taking turns, at several batch sizes and cache modes."""
 
+import math
+import random
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,8 +14,21 @@ from tqdm import tqdm
 from sinkprune_plugin.devices import wait_for_device
 from sinkprune_plugin.diffusion import DiffusionSpec
 from sinkprune_plugin.sampling import denoise
+from sinkprune_plugin.verification.speed_verdict import (
+    CONFIDENCE,
+    LEAST_REPETITIONS,
+    Interval,
+    Verdict,
+    judge,
+    ratio_interval,
+)
 
-__all__ = ["SpeedRow", "Workload", "compare_speed", "transformers_sampler", "vllm_sampler"]
+__all__ = ["SpeedComparison", "SpeedRow", "Workload", "compare_speed", "transformers_sampler", "vllm_sampler"]
+
+# More repetitions hardly narrow the interval.
+MOST_REPETITIONS = 40
+# The first pass allocates and compiles, the second tells how long a repetition takes.
+WARM_UP = 2
 
 
 @dataclass(frozen=True)
@@ -27,7 +41,8 @@ class Workload:
     :param steps: denoising steps of an answer
     :param batch_sizes: prompts at once
     :param caches: cache modes
-    :param rounds: timed rounds, after one to warm up
+    :param seconds: how long to measure; there are at least 15 repetitions, however long they take, and at most 40
+    :param seed: seed of the order in which models and cells run
     """
 
     prompts: torch.Tensor
@@ -36,7 +51,8 @@ class Workload:
     steps: int = 16
     batch_sizes: tuple[int, ...] = (1, 8)
     caches: tuple[str, ...] = ("none", "dual")
-    rounds: int = 3
+    seconds: float = 30.0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,11 +61,11 @@ class SpeedRow:
 
     :param batch: prompts at once
     :param cache: cache mode
-    :param dense_tokens_per_s: median over the rounds
+    :param dense_tokens_per_s: median over the repetitions
     :param pruned_tokens_per_s: the same of the pruned model
-    :param ratio: median over the rounds of pruned to dense speed, each round's two runs in immediate succession
-    :param ratio_low: lowest of the rounds
-    :param ratio_high: highest
+    :param ratio: pruned to dense speed, estimated from the repetitions' pairs of runs in immediate succession
+    :param ratio_low: lower end of its interval
+    :param ratio_high: upper end
     :param dense_ms_per_step: milliseconds per denoising step of the whole batch
     :param pruned_ms_per_step: the same of the pruned model
     :param forward_share: share of the pruned model's time in its forward; None where the backend doesn't tell
@@ -65,6 +81,28 @@ class SpeedRow:
     dense_ms_per_step: float
     pruned_ms_per_step: float
     forward_share: float | None
+
+
+@dataclass(frozen=True)
+class SpeedComparison:
+    """The whole comparison.
+
+    :param verdict: what the interval shows
+    :param ratio: how many times as fast the pruned model is, as the geometric mean over the cells
+    :param ratio_low: lower end of its interval
+    :param ratio_high: upper end
+    :param confidence: of all intervals
+    :param repetitions: how often each cell was timed
+    :param rows: the cells
+    """
+
+    verdict: Verdict
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    confidence: float
+    repetitions: int
+    rows: tuple[SpeedRow, ...]
 
 
 class Sampler(Protocol):
@@ -152,56 +190,91 @@ def vllm_sampler(directory: Path, workload: Workload, dtype: torch.dtype) -> Sam
     return _VllmSampler(directory, workload, dtype)
 
 
-def compare_speed(
-    dense: Sampler, pruned: Sampler, workload: Workload, *, progress: bool = False
-) -> tuple[SpeedRow, ...]:
+def compare_speed(dense: Sampler, pruned: Sampler, workload: Workload, *, progress: bool = False) -> SpeedComparison:
     """Time both models, in turns.
+
+    Each repetition goes through all cells in a random order. In half of them, drawn anew, the dense model runs first,
+    so that neither place is an advantage. See :mod:`~sinkprune_plugin.verification.speed_verdict` for what that is good
+    for. How many repetitions there are is settled before the first of them is measured: stopping as soon as the result
+    looks clear would make chance differences look clear more often than the interval says.
 
     :param dense: one model
     :param pruned: the other
     :param workload: what is generated
     :param progress: show a progress bar
-    :return: a row for each batch size and cache mode
+    :return: the verdict over all cells, and a row for each batch size and cache mode
     """
-    rows = []
-    cells = [(batch, cache) for batch in workload.batch_sizes for cache in workload.caches]
-    with tqdm(
-        total=len(cells) * (workload.rounds + 1), desc="speed", unit="round", disable=None if progress else True
-    ) as bar:
-        for batch, cache in cells:
-            rows.append(_measure(dense, pruned, workload, batch, cache, bar.update))
-    return tuple(rows)
-
-
-def _measure(
-    dense: Sampler, pruned: Sampler, workload: Workload, batch: int, cache: str, advance: Callable[[], Any]
-) -> SpeedRow:
-    prompts = workload.prompts[:batch]
-    seconds: dict[str, list[float]] = {"dense": [], "pruned": []}
-    shares: list[float] = []
-    for round_number in range(workload.rounds + 1):
-        for name, sampler in (("dense", dense), ("pruned", pruned)):
-            inside = sampler.forward_seconds
-            started = time.perf_counter()
-            sampler(prompts, workload, cache)
-            taken = time.perf_counter() - started
-            if round_number:
-                seconds[name].append(taken)
-                if name == "pruned" and inside is not None and sampler.forward_seconds is not None:
-                    shares.append((sampler.forward_seconds - inside) / taken)
-        advance()
-    ratios = [a / b for a, b in zip(seconds["dense"], seconds["pruned"], strict=True)]
-    tokens = batch * workload.gen_length
-    first, second = (statistics.median(seconds[name]) for name in ("dense", "pruned"))
-    return SpeedRow(
-        batch=batch,
-        cache=cache,
-        dense_tokens_per_s=tokens / first,
-        pruned_tokens_per_s=tokens / second,
-        ratio=statistics.median(ratios),
-        ratio_low=min(ratios),
-        ratio_high=max(ratios),
-        dense_ms_per_step=1000 * first / workload.steps,
-        pruned_ms_per_step=1000 * second / workload.steps,
-        forward_share=statistics.median(shares) if shares else None,
+    cells = [_Cell(batch, cache) for batch in workload.batch_sizes for cache in workload.caches]
+    order = random.Random(workload.seed)
+    with tqdm(total=WARM_UP + LEAST_REPETITIONS, desc="speed", unit="pass", disable=None if progress else True) as bar:
+        for _ in range(WARM_UP):
+            began = time.perf_counter()
+            for cell in cells:
+                _time_pair(dense, pruned, workload, _Cell(cell.batch, cell.cache), dense_first=True)
+            taken = time.perf_counter() - began
+            bar.update()
+        repetitions = min(MOST_REPETITIONS, max(LEAST_REPETITIONS, int(workload.seconds / max(taken, 1e-9))))
+        bar.total = WARM_UP + repetitions
+        for _ in range(repetitions):
+            shuffled = order.sample(cells, len(cells))
+            halves = [place < len(cells) // 2 for place in range(len(cells))]
+            if len(cells) % 2:
+                halves[-1] = order.random() < 0.5
+            order.shuffle(halves)
+            for cell, dense_first in zip(shuffled, halves, strict=True):
+                _time_pair(dense, pruned, workload, cell, dense_first=dense_first)
+            bar.update()
+    whole = ratio_interval([statistics.fmean(each) for each in zip(*(cell.log_ratios for cell in cells), strict=True)])
+    return SpeedComparison(
+        verdict=judge(whole),
+        ratio=whole.ratio,
+        ratio_low=whole.low,
+        ratio_high=whole.high,
+        confidence=CONFIDENCE,
+        repetitions=repetitions,
+        rows=tuple(cell.row(workload) for cell in cells),
     )
+
+
+class _Cell:
+    """Times of one batch size and cache mode, in the order of the repetitions."""
+
+    def __init__(self, batch: int, cache: str) -> None:
+        self.batch, self.cache = batch, cache
+        self.dense_seconds: list[float] = []
+        self.pruned_seconds: list[float] = []
+        self.shares: list[float] = []
+
+    @property
+    def log_ratios(self) -> list[float]:
+        return [math.log(a / b) for a, b in zip(self.dense_seconds, self.pruned_seconds, strict=True)]
+
+    def row(self, workload: Workload) -> SpeedRow:
+        interval: Interval = ratio_interval(self.log_ratios)
+        first, second = statistics.median(self.dense_seconds), statistics.median(self.pruned_seconds)
+        tokens = self.batch * workload.gen_length
+        return SpeedRow(
+            batch=self.batch,
+            cache=self.cache,
+            dense_tokens_per_s=tokens / first,
+            pruned_tokens_per_s=tokens / second,
+            ratio=interval.ratio,
+            ratio_low=interval.low,
+            ratio_high=interval.high,
+            dense_ms_per_step=1000 * first / workload.steps,
+            pruned_ms_per_step=1000 * second / workload.steps,
+            forward_share=statistics.median(self.shares) if self.shares else None,
+        )
+
+
+def _time_pair(dense: Sampler, pruned: Sampler, workload: Workload, cell: _Cell, *, dense_first: bool) -> None:
+    prompts = workload.prompts[: cell.batch]
+    for is_dense in (dense_first, not dense_first):
+        sampler = dense if is_dense else pruned
+        inside = sampler.forward_seconds
+        started = time.perf_counter()
+        sampler(prompts, workload, cell.cache)
+        taken = time.perf_counter() - started
+        (cell.dense_seconds if is_dense else cell.pruned_seconds).append(taken)
+        if not is_dense and inside is not None and sampler.forward_seconds is not None:
+            cell.shares.append((sampler.forward_seconds - inside) / taken)

@@ -29,6 +29,7 @@ from sinkprune_plugin.verification.compatibility import (
 )
 from sinkprune_plugin.verification.perplexity import compare_perplexity
 from sinkprune_plugin.verification.report import JSON_FILE, SCHEMA_VERSION, write_report
+from sinkprune_plugin.verification.same_kernels import why_not_faster
 from sinkprune_plugin.verification.samples import compare_samples
 from sinkprune_plugin.verification.speed import Workload, compare_speed, transformers_sampler, vllm_sampler
 from sinkprune_plugin.vllm.cpu import prepare
@@ -37,7 +38,10 @@ __all__ = ["VerifyOptions", "verify"]
 
 # Perplexity of longer windows adds nothing and takes longer.
 LONGEST_WINDOW = 512
-LONGEST_ANSWER, LONGEST_TIMED = 64, 32
+LONGEST_ANSWER = 64
+# Tokens of a timed answer and seconds of timing.
+LONGEST_TIMED, QUICK_TIMED = 32, 16
+TIMING, QUICK_TIMING = 30.0, 10.0
 # The quick variant answers in seconds, with intervals that are twice as wide.
 WINDOWS, QUICK_WINDOWS = 24, 8
 SAMPLES, QUICK_SAMPLES = 8, 4
@@ -51,7 +55,7 @@ class VerifyOptions:
     :param dataset: text file, JSON-lines file or saved dataset; None takes the embedded test text
     :param seq_len: tokens in a window; None takes the model's maximum, at most 512
     :param seed: seed of noise and of the choice of text
-    :param quick: fewer windows, noise samples, batch sizes and rounds
+    :param quick: fewer windows and noise samples, smaller batches and shorter answers
     :param ar_model: an autoregressive model whose sinks are shown for comparison; None for none
     :param bars: limits that the pruned model must meet
     :param dtype: precision both models are run in; None takes each checkpoint's own
@@ -160,6 +164,7 @@ def verify(
             progress=True,
         )
         speed = _speed(dense, pruned, models, spec, prompts, options)
+        why = why_not_faster(infos[0], infos[1], options.backend, on_gpu=torch.cuda.is_available())
         content: dict[str, Any] = {
             "schema": "sinkprune.verify",
             "schema_version": SCHEMA_VERSION,
@@ -170,7 +175,7 @@ def verify(
             "samples": asdict(samples),
             "sparsity": _sparsity(infos, natural_zeros(dense, pruned, infos[1].layers)),
             "size": _sizes(infos, models),
-            "speed": {"backend": options.backend, "rows": [asdict(row) for row in speed]},
+            "speed": {"backend": options.backend, "why_not_faster": why} | asdict(speed),
             "sinks": {name: _sink_summary(report) for name, report in sinks.items()},
         }
         results = check_bars(options.bars, content)
@@ -207,14 +212,15 @@ def _inputs(model_name: str | Path, options: VerifyOptions, seq_len: int | None,
 def _speed(
     dense: Path, pruned: Path, models: Sequence[Any], spec: Any, prompts: torch.Tensor, options: VerifyOptions
 ) -> Any:
-    length = min(LONGEST_TIMED, prompts.shape[1])
+    length = min(QUICK_TIMED if options.quick else LONGEST_TIMED, prompts.shape[1])
     workload = Workload(
         prompts=prompts,
         gen_length=length,
-        block_length=min(16, length),
-        steps=max(1, length // 2),
+        block_length=16 if length % 16 == 0 else length,
+        steps=max(1, length // 4),
         batch_sizes=(1, 4) if options.quick else (1, 8),
-        rounds=1 if options.quick else 3,
+        seconds=QUICK_TIMING if options.quick else TIMING,
+        seed=options.seed,
     )
     if options.backend == "vllm":
         paths = (dense, pruned)
@@ -245,6 +251,7 @@ def _sizes(infos: Sequence[Any], models: Sequence[Any]) -> dict[str, Any]:
             "format": found["format"],
             "file_bytes": found["file_bytes"],
             "memory_bytes": memory_bytes(model),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
     sizes["file_ratio"] = sizes["pruned"]["file_bytes"] / sizes["dense"]["file_bytes"]
     return sizes

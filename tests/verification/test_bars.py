@@ -5,7 +5,12 @@ import pytest
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.verification.bars import Bars, check_bars
 
-CONTENT = {"quality": {"increase_percent": 4.0}, "samples": {"agreement": 0.5}, "size": {"file_ratio": 0.6}}
+CONTENT = {
+    "quality": {"increase_percent": 4.0},
+    "samples": {"agreement": 0.5},
+    "size": {"file_ratio": 0.6},
+    "speed": {"ratio": 1.4, "ratio_low": 1.3},
+}
 
 
 @pytest.mark.parametrize(
@@ -18,7 +23,10 @@ CONTENT = {"quality": {"increase_percent": 4.0}, "samples": {"agreement": 0.5}, 
         (Bars(min_agreement=0.51), [False]),
         (Bars(max_size_ratio=0.6), [True]),
         (Bars(max_size_ratio=0.59), [False]),
-        (Bars(5, 0.6, 0.7), [True, False, True]),
+        (Bars(min_speedup=1.3), [True]),
+        # The estimate reaches it, the interval doesn't.
+        (Bars(min_speedup=1.31), [False]),
+        (Bars(5, 0.6, 0.7, 1.0), [True, False, True, True]),
     ],
 )
 def test_each_bar_says_whether_it_is_met(bars, passed):
@@ -30,6 +38,7 @@ def test_each_bar_says_whether_it_is_met(bars, passed):
     [
         (Bars(min_agreement=1.5), "--min-agreement 1.5 is out of range"),
         (Bars(max_size_ratio=-1.0), "--max-size-ratio -1.0 is out of range"),
+        (Bars(min_speedup=-0.5), "--min-speedup -0.5 is out of range"),
         (Bars(max_ppl_increase=float("nan")), "--max-ppl-increase nan is out of range"),
     ],
 )
