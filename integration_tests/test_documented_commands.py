@@ -64,6 +64,7 @@ SMALLER = {
     r"--max-ppl-increase 5\b": "--max-ppl-increase 500",
     r"--min-agreement 0.5": "--min-agreement 0",
     r"--max-size-ratio 0.6": "--max-size-ratio 1",
+    r"--min-speedup 1.2": "--min-speedup 0",
     # As that page says for one's own questions, since the hub's can't be reached.
     r"(?=--tasks sinkprune_mobile_mmlu)": """--metadata '{"mobile_mmlu_file": "questions.jsonl"}' """,
     # How a page writes options that may be left out or chosen; of a choice, the first.
