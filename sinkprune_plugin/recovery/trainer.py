@@ -1,0 +1,225 @@
+"""transformers' Trainer with our loss, our fixed zeros and one line of progress."""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from sinkprune_plugin.diffusion import DiffusionSpec, divergence, elbo_weights, negative_log_likelihood, predictions
+from sinkprune_plugin.recovery.fixed_zeros import FixedZeros
+from sinkprune_plugin.recovery.noisy_windows import NoisyWindows, batch_of
+from sinkprune_plugin.recovery.options import RecoveryOptions
+from sinkprune_plugin.recovery.teacher import Teacher
+
+__all__ = ["RecoveryTrainer", "weighted_loss"]
+
+# A held-out loss that is this many times the one before training will not come back.
+DIVERGED = 2.0
+
+
+def weighted_loss(
+    logits: torch.Tensor,
+    batch: Mapping[str, torch.Tensor],
+    spec: DiffusionSpec,
+    options: RecoveryOptions,
+    teacher: Teacher | None,
+) -> torch.Tensor:
+    """The loss of a batch, in nats per token: (1 − α) KL(teacher ‖ student) + α (−log p), each corrupted token weighted
+    by the ELBO's bounded 1/t. Divided by all tokens, not by the corrupted ones, whose number is part of the estimate.
+
+    :param logits: (B, T, V) of the student
+    :param batch: a batch of draws
+    :param spec: the model's diffusion spec
+    :param options: temperature, α, bound
+    :param teacher: predictions of the dense model; not needed for α = 1
+    :return: () float32
+    """
+    chosen = predictions(logits, batch["corrupted"], spec)
+    share = options.effective_elbo_share
+    losses = chosen.new_zeros(len(chosen), dtype=torch.float32)
+    if share < 1.0:
+        assert teacher is not None  # the caller loads one for distill
+        losses = losses + (1.0 - share) * divergence(chosen, teacher(batch), options.temperature)
+    if share > 0.0:
+        losses = losses + share * negative_log_likelihood(chosen, batch["clean"][batch["corrupted"]])
+    weights = elbo_weights(batch["corrupted"], batch["p_mask"], options.weight_bound)
+    return (weights.to(losses.device) * losses).sum() / batch["corrupted"].numel()
+
+
+class RecoveryTrainer(Trainer):
+    """Trains a student on draws of noisy windows.
+
+    :param student: pruned model, its trained weights in float32
+    :param zeros: its zeros
+    :param spec: its diffusion spec
+    :param options: what to do
+    :param training: draws to train on
+    :param held_out: draws to check with
+    :param teachers: for the training draws and for the held-out ones
+    :param arguments: of the Trainer
+    :param tensorboard: directory for TensorBoard's files, or None
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        zeros: FixedZeros,
+        spec: DiffusionSpec,
+        options: RecoveryOptions,
+        *,
+        training: NoisyWindows,
+        held_out: NoisyWindows,
+        teachers: tuple[Teacher, Teacher] | None,
+        arguments: TrainingArguments,
+        tensorboard: Path | None = None,
+    ) -> None:
+        self._spec, self._options = spec, options
+        self._teachers = teachers
+        self.stopped_because: str | None = None
+        callbacks: list[TrainerCallback] = [
+            _KeepZeros(zeros, trained=options.train != "lora"),
+            _StopWhenDiverging(self),
+            _Progress(),
+        ]
+        if options.patience:
+            callbacks.append(EarlyStoppingCallback(early_stopping_patience=options.patience))
+        if tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+            from transformers.integrations import TensorBoardCallback
+
+            callbacks.append(TensorBoardCallback(SummaryWriter(str(tensorboard))))
+        super().__init__(
+            model=student,
+            args=arguments,
+            data_collator=batch_of,
+            train_dataset=training,
+            eval_dataset=held_out,
+            callbacks=callbacks,
+        )
+        for shown_otherwise in (PrinterCallback, ProgressCallback):
+            self.remove_callback(shown_otherwise)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,  # noqa: ARG002
+    ) -> Any:
+        """See the base class; the loss is :func:`weighted_loss`."""
+        output = model(input_ids=inputs["input_ids"])
+        teacher = None if self._teachers is None else self._teachers[0 if model.training else 1]
+        loss = weighted_loss(output.logits, inputs, self._spec, self._options, teacher)
+        return (loss, output) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,  # noqa: ARG002
+        ignore_keys: list[str] | None = None,  # noqa: ARG002
+    ) -> tuple[torch.Tensor, None, None]:
+        """See the base class; only the loss is wanted."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+
+class _KeepZeros(TrainerCallback):
+    """Restores the zeros after each step, and checks every state that is saved."""
+
+    def __init__(self, zeros: FixedZeros, *, trained: bool) -> None:
+        self._zeros = zeros
+        # Adapters leave the weights as they are.
+        self._in_danger = trained and zeros.zeros > 0
+        self._restore: Callable[[], None] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
+        self._restore = self._zeros.attach(model) if self._in_danger else None
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if self._restore is not None:
+            self._restore()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "model.safetensors"
+        if self._in_danger and state.is_world_process_zero and file.is_file():
+            with safe_open(file, framework="pt") as saved:
+                self._zeros.require(_Saved(saved), str(file))
+
+
+class _Saved(Mapping[str, torch.Tensor]):
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Any:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())
+
+
+class _StopWhenDiverging(TrainerCallback):
+    """Stops at the first loss that isn't finite, or when the held-out loss is far beyond that before training."""
+
+    def __init__(self, trainer: RecoveryTrainer) -> None:
+        self._trainer = trainer
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:  # noqa: ARG002
+        loss, held_out = logs.get("loss"), logs.get("eval_loss")
+        before = next((entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry), None)
+        if loss is not None and not math.isfinite(loss):
+            self._stop(control, f"the loss is {loss} at step {state.global_step}")
+        elif held_out is not None and not math.isfinite(held_out):
+            self._stop(control, f"the held-out loss is {held_out} at step {state.global_step}")
+        elif held_out is not None and before is not None and held_out > DIVERGED * before > 0:
+            self._stop(
+                control,
+                f"the held-out loss is {held_out:.3g} at step {state.global_step}, {held_out / before:.1f} times that "
+                "before training",
+            )
+
+    def _stop(self, control: Any, reason: str) -> None:
+        self._trainer.stopped_because = reason
+        control.should_training_stop = True
+
+
+class _Progress(TrainerCallback):
+    """One bar with the losses, on the process that reports."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if state.is_world_process_zero:
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="recovery", unit="step")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:  # noqa: ARG002
+        names = {"loss": "loss", "eval_loss": "held out"}
+        self._shown |= {title: f"{logs[key]:.3f}" for key, title in names.items() if key in logs}
+        if self._bar is not None:
+            self._bar.set_postfix(self._shown, refresh=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if self._bar is not None:
+            self._bar.close()
