@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -225,6 +226,86 @@ def verify(
     print_report(report, Console())
     typer.echo(f"report.html, report.json and plots are in {output}")
     if not report["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def recover(
+    dense: Annotated[Path, typer.Argument(help="Directory of the dense model, the teacher.")],
+    pruned: Annotated[Path, typer.Argument(help="Directory of the model pruned from it.")],
+    output: OutputOption,
+    dataset: DatasetOption = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; default: 300.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on, instead of steps.")] = None,
+    method: Annotated[
+        str, typer.Option(help="distill (toward the dense model's predictions) or elbo (text).")
+    ] = "distill",
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in a window; default: at most 1024.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step, over all processes.")] = 8,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Windows in a forward pass; default: all.")
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Peak; warms up over a tenth, then falls linearly.")] = 3e-4,
+    temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 1.0,
+    elbo_share: Annotated[float, typer.Option(help="Share of the text's own loss, 0 to 1.")] = 0.0,
+    train: Annotated[str, typer.Option(help="weights, weights-and-norms or lora.")] = "weights",
+    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
+    teacher_top_k: Annotated[
+        int, typer.Option(help="Keep so many predictions a token on disk, and no teacher in memory.")
+    ] = 0,
+    evaluations: Annotated[int, typer.Option(min=1, help="How often the held-out text is looked at.")] = 10,
+    patience: Annotated[int, typer.Option(min=0, help="Stop after so many without a new best; 0: never.")] = 3,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16, of the products.")] = "auto",
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="Split the model over the processes of torchrun.")] = False,
+    seed: SeedOption = 0,
+    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    tensorboard: Annotated[Path | None, typer.Option(help="Directory for TensorBoard's files.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: OverwriteOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Train a pruned model a little on its fixed zeros, toward the dense model: closes part of the distance."""
+    from sinkprune_plugin.commands.recover import recover_model
+    from sinkprune_plugin.recovery.options import RecoveryOptions
+
+    options = RecoveryOptions(
+        method=method,  # type: ignore[arg-type]
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        learning_rate=learning_rate,
+        temperature=temperature,
+        elbo_share=elbo_share,
+        train=train,  # type: ignore[arg-type]
+        lora_rank=lora_rank,
+        teacher_top_k=teacher_top_k,
+        evaluations=evaluations,
+        patience=patience,
+        gradient_checkpointing=gradient_checkpointing,
+        precision=precision,  # type: ignore[arg-type]
+        seed=seed,
+    )
+    result = recover_model(
+        dense,
+        pruned,
+        output,
+        options=options,
+        steps=steps,
+        tokens=tokens,
+        dataset=dataset,
+        seq_len=seq_len,
+        device=device,
+        fsdp=fsdp,
+        resume=resume,
+        overwrite=overwrite,
+        tensorboard=tensorboard,
+        verbose=verbose,
+    )
+    if result.directory is not None and os.environ.get("RANK", "0") == "0":
+        typer.echo(f"recovered model written to {result.directory}")
+    if result.stopped_because is not None:
         raise typer.Exit(1)
 
 

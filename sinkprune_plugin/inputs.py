@@ -1,5 +1,6 @@
 """What a command works on: a checkpoint, its tokenizer and windows of text, checked before anything takes long."""
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,12 +11,12 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import load_sparse_checkpoint
 from sinkprune_plugin.formats.files.shard_reader import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, read_json
 from sinkprune_plugin.loading import default_sequence_length, load_config, load_tokenizer, maximum_length
-from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
+from sinkprune_plugin.text_windows import embedded_text, leading_windows, read_documents, token_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Inputs", "check_checkpoint", "load_inputs", "text_windows"]
+__all__ = ["Inputs", "check_checkpoint", "load_inputs", "text_windows", "training_windows"]
 
 # Those that transformers reads; each holds a mapping.
 _JSON_FILES = (
@@ -121,11 +122,42 @@ def text_windows(
     :return: (``count``, ``length``) int64
     :raises UsageError: if the text can't be read, is too short, or gives tokens that the model doesn't have
     """
+    _check_length(config, length)
+    source = dataset if dataset is not None else embedded_text(default)
+    windows = token_windows(read_documents(source), tokenizer, length, count, seed=seed)
+    _check_ids(config, windows)
+    return windows
+
+
+def training_windows(
+    config: Any, tokenizer: Any, dataset: str | None, *, length: int, most: int, seed: int
+) -> torch.Tensor:
+    """Make as many windows as a training can use, or as the text gives.
+
+    :param config: the model's configuration
+    :param tokenizer: its tokenizer
+    :param dataset: text file, JSON-lines file or saved dataset; None takes the embedded calibration text
+    :param length: tokens in a window
+    :param most: windows wanted; documents beyond them aren't read, so their order is shuffled first
+    :param seed: seed of that order
+    :return: (N, ``length``) int64, at most ``most`` rows
+    :raises UsageError: if the text can't be read, gives fewer than two windows, or tokens that the model doesn't have
+    """
+    _check_length(config, length)
+    documents = read_documents(dataset if dataset is not None else embedded_text("calibration"))
+    random.Random(seed).shuffle(documents)
+    windows = leading_windows(documents, tokenizer, length, most)
+    _check_ids(config, windows)
+    return windows
+
+
+def _check_length(config: Any, length: int) -> None:
     limit = maximum_length(config)
     if limit is not None and length > limit:
         raise UsageError(f"--seq-len {length} is longer than the model's {limit}; use at most {limit}")
-    source = dataset if dataset is not None else embedded_text(default)
-    windows = token_windows(read_documents(source), tokenizer, length, count, seed=seed)
+
+
+def _check_ids(config: Any, windows: torch.Tensor) -> None:
     # LLaDA's embedding table may be longer than its vocabulary.
     sizes = [getattr(config, key, None) for key in ("vocab_size", "embedding_size")]
     rows = max((size for size in sizes if isinstance(size, int)), default=None)
@@ -133,4 +165,3 @@ def text_windows(
         raise UsageError(
             f"the tokenizer gives token {int(windows.max())} and the model has {rows}; use the model's own tokenizer"
         )
-    return windows

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from sinkprune_plugin.errors import UsageError, reason_of
 
-__all__ = ["embedded_text", "read_documents", "read_text", "token_stream", "token_windows"]
+__all__ = ["embedded_text", "leading_windows", "read_documents", "read_text", "token_stream", "token_windows"]
 
 MINIMUM_TOKENS = 8
 _ASSETS = Path(__file__).parent / "assets"
@@ -90,8 +90,7 @@ def token_windows(
     :return: (num_windows, seq_len) int64
     :raises UsageError: if the windows are too short or the text yields fewer of them
     """
-    if seq_len < MINIMUM_TOKENS:
-        raise UsageError(f"seq_len is {seq_len}; windows need at least {MINIMUM_TOKENS} tokens")
+    _check_window(seq_len)
     if num_windows < 1:
         raise UsageError(f"num_windows is {num_windows}; ask for at least 1")
     stream = token_stream(documents, tokenizer, None if seed is not None else num_windows * seq_len)
@@ -106,6 +105,32 @@ def token_windows(
         return windows[:num_windows]
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
     return windows[order[:num_windows]]
+
+
+def leading_windows(documents: Iterable[str], tokenizer: Any, seq_len: int, most: int) -> torch.Tensor:
+    """Cut the beginning of a text into windows as :func:`token_windows` does; the rest isn't tokenized.
+
+    :param documents: texts
+    :param tokenizer: a transformers tokenizer
+    :param seq_len: tokens in a window, at least 8
+    :param most: windows wanted; fewer are returned if the text has no more
+    :return: (N, seq_len) int64
+    :raises UsageError: if the windows are too short, or the text gives fewer than two
+    """
+    _check_window(seq_len)
+    stream = token_stream(documents, tokenizer, most * seq_len)
+    count = min(len(stream) // seq_len, most)
+    if count < 2:
+        raise UsageError(
+            f"the text has {len(stream)} tokens, {count} windows of {seq_len}; training needs at least 2, so use more "
+            "text or shorter windows"
+        )
+    return torch.tensor(stream[: count * seq_len], dtype=torch.int64).reshape(count, seq_len)
+
+
+def _check_window(seq_len: int) -> None:
+    if seq_len < MINIMUM_TOKENS:
+        raise UsageError(f"seq_len is {seq_len}; windows need at least {MINIMUM_TOKENS} tokens")
 
 
 def read_text(path: Path) -> str:

@@ -176,9 +176,9 @@ def _settings(dense: Path, pruned: Path, windows: torch.Tensor, options: Recover
     return {
         "dense": dense.resolve().name,
         "pruned": pruned.resolve().name,
+        "options": options.model_dump(),
         "windows": list(windows.shape),
         "text": fingerprint(windows),
-        "options": options.model_dump(),
     }
 
 

@@ -7,12 +7,36 @@ from typing import Any
 
 import torch
 
+from sinkprune_plugin.diffusion import DiffusionSpec, resolve_diffusion
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import CheckpointReader, load_sparse_checkpoint
 from sinkprune_plugin.formats.files.safetensors_header import TORCH_DTYPES
 from sinkprune_plugin.inspection.info import LayerInfo
+from sinkprune_plugin.loading import load_config, load_tokenizer
 
-__all__ = ["check_derived", "check_tokenizers", "memory_bytes", "natural_zeros"]
+__all__ = ["check_derived", "check_pair", "check_tokenizers", "memory_bytes", "natural_zeros"]
+
+
+def check_pair(dense: Path, pruned: Path, config: Any, tokenizer: Any) -> DiffusionSpec:
+    """Check that two checkpoints can be compared or one trained toward the other: weights, tokens, family.
+
+    :param dense: checkpoint directory
+    :param pruned: checkpoint directory
+    :param config: configuration of the first
+    :param tokenizer: tokenizer of the first
+    :return: the diffusion spec of both
+    :raises UsageError: naming the first thing that differs
+    """
+    check_derived(dense, pruned)
+    spec = resolve_diffusion(config, tokenizer)
+    other = resolve_diffusion(load_config(pruned), tokenizer)
+    check_tokenizers(tokenizer, load_tokenizer(pruned))
+    if spec != other:
+        raise UsageError(
+            f"{dense} has mask token {spec.mask_token_id} of {spec.vocab_size} ({spec.name}) and {pruned} has "
+            f"{other.mask_token_id} of {other.vocab_size} ({other.name}); compare a model with one pruned from it"
+        )
+    return spec
 
 
 def check_derived(dense: Path, pruned: Path) -> None:

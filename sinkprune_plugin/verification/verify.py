@@ -9,12 +9,11 @@ from typing import Any, Literal
 import torch
 
 from sinkprune_plugin.devices import choose_device
-from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.errors import UsageError, short
 from sinkprune_plugin.formats.files.shard_reader import read_json
 from sinkprune_plugin.inputs import Inputs, check_checkpoint, load_inputs
 from sinkprune_plugin.inspection.info import inspect_checkpoint
-from sinkprune_plugin.loading import load_config, load_model, load_tokenizer
+from sinkprune_plugin.loading import load_model
 from sinkprune_plugin.outputs import check_output, new_directory
 from sinkprune_plugin.provenance import write_provenance
 from sinkprune_plugin.recipe_files import RECIPE_FILE, read_recipe
@@ -22,8 +21,7 @@ from sinkprune_plugin.sinks import sink_report
 from sinkprune_plugin.sinks.observe import SinkSettings
 from sinkprune_plugin.verification.bars import Bars, check_bars
 from sinkprune_plugin.verification.compatibility import (
-    check_derived,
-    check_tokenizers,
+    check_pair,
     memory_bytes,
     natural_zeros,
 )
@@ -100,15 +98,7 @@ def verify(
     inputs = _inputs(dense, options, options.seq_len, QUICK_WINDOWS if options.quick else WINDOWS)
     tokenizer, windows = inputs.tokenizer, inputs.windows
     check_checkpoint(pruned)
-    check_derived(dense, pruned)
-    spec = resolve_diffusion(inputs.config, tokenizer)
-    other = resolve_diffusion(load_config(pruned), tokenizer)
-    check_tokenizers(tokenizer, load_tokenizer(pruned))
-    if spec != other:
-        raise UsageError(
-            f"{dense} has mask token {spec.mask_token_id} of {spec.vocab_size} ({spec.name}) and {pruned} has "
-            f"{other.mask_token_id} of {other.vocab_size} ({other.name}); compare a model with one pruned from it"
-        )
+    spec = check_pair(dense, pruned, inputs.config, tokenizer)
     ar_inputs = None
     if options.ar_model is not None:
         ar_inputs = _inputs(options.ar_model, options, windows.shape[1], 2)
