@@ -14,6 +14,8 @@ from sinkprune_plugin.commands.recover import recover_model, steps_of
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import load_sparse_checkpoint
 from sinkprune_plugin.loading import load_model
+from sinkprune_plugin.models.llada import LLaDALlamaBlock
+from sinkprune_plugin.recovery.fixed_zeros import FixedZeros
 from sinkprune_plugin.recovery.options import RecoveryOptions
 from sinkprune_plugin.recovery.trainer import RecoveryTrainer
 
@@ -147,6 +149,46 @@ def test_micro_batches_change_nothing_but_rounding(pair, text, recovered, tmp_pa
     assert result.held_out_after == pytest.approx(recovered[0].held_out_after, rel=1e-3)
 
 
+def test_gradient_checkpointing_computes_activations_twice_and_changes_nothing(
+    pair, text, recovered, tmp_path, monkeypatch
+):
+    forwards = []
+    original = LLaDALlamaBlock.forward
+
+    def counting(self, *args, **kwargs):
+        forwards.append(self.training)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LLaDALlamaBlock, "forward", counting)
+    options = RecoveryOptions(**QUICK, gradient_checkpointing=True)
+    result = recover_model(*pair, tmp_path / "out", options=options, dataset=text, **SHORT)
+    assert result.held_out_after == recovered[0].held_out_after
+    # Six steps, two blocks, forward and again in the backward pass.
+    assert sum(forwards) == 6 * 2 * 2
+
+
+def test_weights_split_by_fsdp_keep_their_zeros(process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = prune(small_model(vocab_size=40)).train()
+    zeros = FixedZeros(model)
+    mesh = init_device_mesh("cpu", (1,))
+    for block in model.model.transformer.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    weights = {name: p for name, p in model.named_parameters() if name in zeros}
+    assert {type(weight).__name__ for weight in weights.values()} == {"DTensor"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    restore = zeros.attach(model)
+    for _ in range(2):
+        model(input_ids=torch.randint(3, 40, (2, 8))).logits.square().mean().backward()
+        optimizer.step()
+        restore()
+        optimizer.zero_grad()
+    zeros.require({name: weight.full_tensor() for name, weight in weights.items()}, "the model")
+
+
 def test_two_processes_equal_one(pair, text, recovered, tmp_path):
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"),
@@ -255,6 +297,7 @@ def test_no_zeros_is_a_warning(pair, text, tmp_path):
         ({"seq_len": 4}, "seq_len is 4; windows need at least 8"),
         ({"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES"),
         ({"tokens": 100}, "--steps 6 and --tokens 100 say the same thing"),
+        ({"fsdp": True}, "fsdp splits a model over GPUs and there is none"),
         ({"dataset": "nowhere.txt"}, "nowhere.txt does not exist"),
     ],
 )

@@ -26,6 +26,7 @@ class DiffusionLM(PreTrainedModel):
 
     base_model_prefix = "model"
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     generation_config: GenerationConfig | None = None
 
     @classmethod

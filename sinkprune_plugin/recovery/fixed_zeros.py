@@ -16,7 +16,8 @@ class FixedZeros:
     """Where the Linears of the decoder blocks are zero, one bit for each weight: 0.9 GB for 7 billion of them.
 
     Two measures keep them: their gradients are zeroed, so that no optimiser state ever points to them, and after each
-    optimiser step they are set to zero again, whatever the optimiser did.
+    optimiser step they are set to zero again, whatever the optimiser did. (FSDP sets gradients without calling the hook
+    that zeroes them; there the second measure does it alone.)
 
     :param model: pruned model; negative zeros become positive ones, which have the bits that all formats give back
     """
@@ -58,6 +59,10 @@ class FixedZeros:
             if stored is None or not parameter.requires_grad:
                 continue
             local = _local(parameter)
+            if not local.numel():
+                # A process may hold no row of a small weight.
+                held.append((parameter, local, 0))
+                continue
             mask = self.of(_plain_name(name)) if local.shape == stored[1] else (local.detach() == 0).cpu()
             packed = bits.pack(mask.reshape(len(mask), -1)).to(local.device)
             columns = mask.numel() // max(1, len(mask))

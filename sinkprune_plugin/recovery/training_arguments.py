@@ -11,6 +11,9 @@ from sinkprune_plugin.recovery.options import RecoveryOptions
 
 __all__ = ["training_arguments"]
 
+# The block classes to split are those that the models name themselves.
+_FSDP = {"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"}
+
 
 def training_arguments(states: Path, options: RecoveryOptions, *, use_cpu: bool, fsdp: bool) -> TrainingArguments:
     """Translate options.
@@ -20,8 +23,10 @@ def training_arguments(states: Path, options: RecoveryOptions, *, use_cpu: bool,
     :param use_cpu: leave an accelerator alone
     :param fsdp: split the model over the processes
     :return: the Trainer's arguments
-    :raises UsageError: if the batch can't be split as asked for
+    :raises UsageError: if the batch can't be split as asked for, or there is no GPU to split the model over
     """
+    if fsdp and (use_cpu or not torch.cuda.is_available()):
+        raise UsageError("fsdp splits a model over GPUs and there is none; leave it out")
     every = math.ceil(options.steps / options.evaluations)
     arguments = TrainingArguments(
         output_dir=str(states),
@@ -34,8 +39,9 @@ def training_arguments(states: Path, options: RecoveryOptions, *, use_cpu: bool,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=_bfloat16(options, use_cpu),
         use_cpu=use_cpu,
-        fsdp="full_shard auto_wrap" if fsdp else None,
-        fsdp_config={"fsdp_version": 2} if fsdp else None,
+        fsdp=True if fsdp else None,
+        # Whole weights in the saved states, in which the zeros are checked.
+        fsdp_config=dict(_FSDP) if fsdp else None,
         # Every step is logged: the curve is a result, and a loss that isn't finite ends the run at once.
         logging_steps=1,
         logging_nan_inf_filter=False,

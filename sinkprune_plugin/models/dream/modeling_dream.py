@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sinkprune_plugin.models.bidirectional_attention import AttentionMask, attend, split_heads
 from sinkprune_plugin.models.diffusion_lm import DiffusionLM, HiddenStates, check_call, lm_output
@@ -71,7 +72,7 @@ class DreamMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-class DreamDecoderLayer(nn.Module):
+class DreamDecoderLayer(GradientCheckpointingLayer):
     """x + attention(norm(x)), then x + MLP(norm(x)).
 
     :param config: the model's configuration, checked

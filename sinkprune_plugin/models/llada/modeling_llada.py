@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sinkprune_plugin.models.bidirectional_attention import AttentionMask, attend, split_heads
 from sinkprune_plugin.models.diffusion_lm import DiffusionLM, HiddenStates, check_call, lm_output
@@ -25,7 +26,7 @@ def _norm(config: LLaDAConfig) -> RMSNorm:
     return RMSNorm(config.d_model, config.rms_norm_eps, affine=config.layer_norm_with_affine, bias=bias)
 
 
-class LLaDALlamaBlock(nn.Module):
+class LLaDALlamaBlock(GradientCheckpointingLayer):
     """x + attention(norm(x)), then x + MLP(norm(x)) with MLP(x) = ff_out(act(ff_proj x) ⊙ up_proj x).
 
     :param config: the model's configuration, checked
