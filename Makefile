@@ -22,7 +22,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, %s.%s found" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[dev,eval]'
+	$(PIP) --editable '.[dev,eval,recover]'
 	touch $@
 
 # vLLM pins a different compressed-tensors than llm-compressor does, but runs with the latter's (README, "Versions"). So its
