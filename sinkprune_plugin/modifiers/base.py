@@ -310,7 +310,9 @@ class SinkAwareModifierBase(SinkAwareFields):
         :param last: its outputs aren't needed
         """
         if targets:
-            self._observe_and_prune(targets, lambda watch: block.run(watch, advance=advance_dense))
+            self._observe_and_prune(
+                targets, lambda watch: block.run(watch, advance=advance_dense), stop=not advance_dense
+            )
         if not block.advanced and not last:
             with distributed.failing_together():
                 block.run(advance=True)
@@ -320,8 +322,10 @@ class SinkAwareModifierBase(SinkAwareFields):
         targets: Sequence[PruningTarget],
         run: Callable[[Watch], None],
         before_pruning: Callable[[Sequence[PruningTarget]], None] | None = None,
+        *,
+        stop: bool = False,
     ) -> None:
-        observer = InputObserver(targets, self._observe)
+        observer = InputObserver(targets, self._observe, stop=stop)
         with distributed.failing_together():
             handles = observer.attach(self.register_hook)
             run(observer.watching)

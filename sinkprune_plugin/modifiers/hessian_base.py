@@ -104,7 +104,7 @@ class HessianModifierBase(SinkAwareModifierBase):
         dense = _DenseWeights()
         two_streams = self.target == "dense"
         for group in self._groups(block, targets):
-            before = InputObserver(group, self._keep_dense_input)
+            before = InputObserver(group, self._keep_dense_input, stop=True)
             handles = before.attach(self.register_hook) if two_streams else set()
 
             @contextlib.contextmanager
@@ -117,6 +117,7 @@ class HessianModifierBase(SinkAwareModifierBase):
                 group,
                 lambda watch: block.run(watch, dense=dense_model if two_streams else None),
                 before_pruning=dense.remember if two_streams else None,
+                stop=True,
             )
             self.remove_hooks(handles)
             self._dense_inputs.clear()

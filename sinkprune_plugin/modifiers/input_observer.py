@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.modifiers.passes import CalibrationPass
+from sinkprune_plugin.modifiers.passes import AllSeenError, CalibrationPass
 from sinkprune_plugin.modifiers.targets import PruningTarget
 
 __all__ = ["InputObserver"]
@@ -23,23 +23,32 @@ class InputObserver:
 
     :param targets: Linears to watch
     :param observe: receives the leader's name, its input (B, T, C) and the pass
+    :param stop: end a pass's call once its last input has been seen, where the outputs aren't needed; the first pass
+        runs to its end, to learn how many calls there are
     """
 
-    def __init__(self, targets: Sequence[PruningTarget], observe: Observe) -> None:
+    def __init__(self, targets: Sequence[PruningTarget], observe: Observe, *, stop: bool = False) -> None:
         self.leaders: dict[str, str] = {}
         self._observe = observe
         self._pass: CalibrationPass | None = None
         self._latest: tuple[torch.Tensor, int, str] | None = None
         self._targets = targets
+        self._stop = stop
+        self._calls = 0
+        self._last_call: int | None = None
 
     @contextlib.contextmanager
     def watching(self, _number: int, each: CalibrationPass) -> Iterator[None]:
         """While the context is open, report inputs as those of this pass; outside of it the hooks do nothing."""
         self._pass = each
+        self._calls = 0
         try:
             yield
         finally:
             self._pass = self._latest = None
+        # A target that the first pass doesn't reach may be called after the others in a later one.
+        if self._stop and self._last_call is None and len(self.leaders) == len(self._targets):
+            self._last_call = self._calls
 
     def attach(self, register_hook: Callable[..., Any]) -> set[Any]:
         """Register the hooks.
@@ -70,17 +79,22 @@ class InputObserver:
         def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._pass is None:
                 return
-            x = args[0] if args else kwargs["input"]
-            if self._latest is not None:
-                latest, version, leader = self._latest
-                if x is latest and x._version == version:
-                    self.leaders[name] = leader
-                    return
-            self._latest = (x, x._version, name)
-            self.leaders[name] = name
-            self._observe(name, self._as_sequences(name, x, *self._pass.shape), self._pass)
+            self._note(name, args[0] if args else kwargs["input"], self._pass)
+            self._calls += 1
+            if self._calls == self._last_call:
+                raise AllSeenError
 
         return hook
+
+    def _note(self, name: str, x: torch.Tensor, each: CalibrationPass) -> None:
+        if self._latest is not None:
+            latest, version, leader = self._latest
+            if x is latest and x._version == version:
+                self.leaders[name] = leader
+                return
+        self._latest = (x, x._version, name)
+        self.leaders[name] = name
+        self._observe(name, self._as_sequences(name, x, *each.shape), each)
 
     @staticmethod
     def _as_sequences(name: str, x: torch.Tensor, batch_size: int, tokens: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers.hidden_states import HiddenStates, Place
 from sinkprune_plugin.modifiers.replaced_forward import forward_replaced
 
-__all__ = ["CalibrationPass", "OnloadedBlock", "PassEngine"]
+__all__ = ["AllSeenError", "CalibrationPass", "OnloadedBlock", "PassEngine"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class CalibrationPass:
         """Windows and tokens of the pass, (B, T)."""
         batch_size, tokens = self.row_weights.shape
         return batch_size, tokens
+
+
+class AllSeenError(Exception):
+    """Raised by a hook in a block to end the pass's call there: what the hook was for has been seen."""
 
 
 # Entered around each pass's call, with the number of the pass.
@@ -70,7 +74,8 @@ class OnloadedBlock:
     ) -> None:
         """Run all passes through the block.
 
-        :param watch: context that is entered around each pass's call of the block
+        :param watch: context that is entered around each pass's call of the block; a hook in it may end a call with
+            :class:`AllSeenError` unless the outputs are needed
         :param dense: in a sweep of two streams, context around the same pass's call with the dense model's hidden
             states, which comes first; the block must have its dense weights inside it
         :param advance: make the outputs the inputs of the next block; once for a block, after which it can't run again
@@ -224,8 +229,12 @@ class PassEngine:
         for number, (each, call) in enumerate(zip(self._passes[:count], self._calls[:count], strict=True)):
             for states, around, incoming in reads:
                 hidden = next(incoming)
-                with contextlib.nullcontext() if around is None else around(number, each):
-                    output = block(hidden, *call.args, **call.kwargs)
+                try:
+                    with contextlib.nullcontext() if around is None else around(number, each):
+                        output = block(hidden, *call.args, **call.kwargs)
+                except AllSeenError:
+                    if advance:
+                        raise
                 if advance:
                     states.write(number, self._hidden_of(index, hidden, output))
                 if not only_first:

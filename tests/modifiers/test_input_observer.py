@@ -3,7 +3,7 @@ import torch
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers.input_observer import InputObserver
-from sinkprune_plugin.modifiers.passes import CalibrationPass
+from sinkprune_plugin.modifiers.passes import AllSeenError, CalibrationPass
 from sinkprune_plugin.modifiers.targets import PruningTarget
 
 
@@ -59,6 +59,37 @@ def test_a_tensor_changed_in_place_between_calls_is_another_input():
         seen = []
         observer = observe(InPlace(), ["a", "b"], torch.randn(1, 2, 4), seen)
     assert observer.leaders == {"a": "a", "b": "b"}
+
+
+def test_a_pass_ends_at_its_last_input_once_the_calls_are_known():
+    model, seen, x = Attention(), [], torch.randn(2, 3, 4)
+    each = CalibrationPass({}, torch.ones(2, 3))
+    targets = [PruningTarget(name, model.get_submodule(name), 0) for name in ("q", "k")]
+    observer = InputObserver(targets, lambda leader, *_: seen.append(leader), stop=True)
+    observer.attach(lambda module, hook, kind, **kw: getattr(module, f"register_{kind}_hook")(hook, **kw))
+    reached = []
+    model.o.register_forward_pre_hook(lambda *_: reached.append(True))
+    with observer.watching(0, each):
+        model(x)
+    assert reached == [True]
+    with pytest.raises(AllSeenError), observer.watching(1, each):
+        model(x)
+    assert (seen, reached) == (["q", "q"], [True])
+    # Outside of a pass nothing is ended.
+    model(x)
+    assert reached == [True, True]
+
+
+def test_a_pass_is_not_ended_while_a_target_is_missing():
+    """One that a later pass reaches might be called after the others."""
+    model, x = Attention(), torch.randn(2, 3, 4)
+    each = CalibrationPass({}, torch.ones(2, 3))
+    targets = [PruningTarget(name, model.get_submodule(name), 0) for name in ("q", "unused")]
+    observer = InputObserver(targets, lambda *_: None, stop=True)
+    observer.attach(lambda module, hook, kind, **kw: getattr(module, f"register_{kind}_hook")(hook, **kw))
+    for number in range(3):
+        with observer.watching(number, each):
+            model(x)
 
 
 def test_unreached_targets_are_named():
