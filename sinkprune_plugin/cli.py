@@ -241,9 +241,7 @@ def recover(
     dataset: DatasetOption = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; default: 300.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on, instead of steps.")] = None,
-    method: Annotated[
-        str, typer.Option(help="distill (toward the dense model's predictions) or elbo (text).")
-    ] = "distill",
+    method: Annotated[str, typer.Option(help="distill, elbo (text alone) or blockwise (little memory).")] = "distill",
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a window; default: at most 1024.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step, over all processes.")] = 8,
     micro_batch_size: Annotated[
