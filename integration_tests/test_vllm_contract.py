@@ -11,7 +11,6 @@ from vllm.config import SchedulerConfig, VllmConfig  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 from vllm.v1.engine.input_processor import InputProcessor  # noqa: E402
-from vllm.v1.request import Request  # noqa: E402
 from vllm.v1.worker.gpu.model_states.interface import ModelState  # noqa: E402
 from vllm.v1.worker.gpu.sample.output import SamplerOutput  # noqa: E402
 from vllm.v1.worker.gpu.states import RequestState  # noqa: E402
@@ -30,32 +29,20 @@ def source(thing):
     return inspect.getsource(thing)
 
 
-@pytest.mark.parametrize("name", ["schedule", "update_from_output", "update_draft_token_ids", "add_request"])
+OVERRIDDEN = (
+    "schedule",
+    "update_from_output",
+    "update_draft_token_ids",
+    "add_request",
+    "_reserve_prefill_lookahead",
+    "_update_after_schedule",
+)
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
 def test_scheduler_methods_have_the_parameters_that_we_override(name):
+    """What they do is tested on a live scheduler: test_vllm_scheduler.py."""
     assert parameters(getattr(Scheduler, name)) == parameters(getattr(DenoisingScheduler, name))
-
-
-def test_a_step_schedules_tokens_and_placeholders_that_are_not_computed():
-    text = source(Scheduler.schedule)
-    assert "request.num_tokens_with_spec" in text
-    assert "- request.num_computed_tokens" in text
-    assert "request.next_decode_eligible_step" in text
-    assert text.index("self.current_step += 1") < text.index("request.next_decode_eligible_step")
-
-
-def test_placeholders_that_emit_nothing_are_rolled_back():
-    text = source(Scheduler.update_from_output)
-    assert "self.num_sampled_tokens_per_step == 0" in text
-    assert "request.num_computed_tokens -= num_rejected" in text
-
-
-def test_the_scheduler_takes_nothing_beyond_the_canvas_for_diffusion_models():
-    assert "vllm_config.model_config.is_diffusion" in source(Scheduler.__init__)
-
-
-@pytest.mark.parametrize("name", ["num_tokens_with_spec", "num_output_tokens"])
-def test_requests_count_their_tokens_by_properties(name):
-    assert isinstance(inspect.getattr_static(Request, name), property)
 
 
 def test_request_states_hold_the_canvas():
@@ -67,6 +54,7 @@ def test_request_states_hold_the_canvas():
     "name",
     [
         "add_request",
+        "get_additional_cg_support",
         "custom_sampler",
         "preprocess_state",
         "prepare_inputs",

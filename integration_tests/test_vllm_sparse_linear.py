@@ -1,4 +1,4 @@
-"""Sparse weights in vLLM's layers: tensor-parallel slices, the choice of the 2:4 kernel, the kernel."""
+"""Sparse weights in vLLM's layers: tensor-parallel slices, the 2:4 kernel in a layer, and who learns of its choice."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from checkpoint_maker import two_of_four
 from sparse_parts import SPARSE, in_parts
 from torch.nn import functional as F
 
+from sinkprune_plugin.vllm.sparse_kernel import MEASURED_ROWS, KernelChoice, measure, sparse_product
 from sinkprune_plugin.vllm.sparse_weights import dense_weights
 
 
@@ -59,6 +60,14 @@ def test_slices_of_two_ranks(sparse_format, rank, pretend):
     assert torch.equal(down.weight, weights["down_proj"].chunk(2, dim=1)[rank])
 
 
+def as_the_kernel(packed, dense, bias=None, transpose_result=False, alg_id=0):
+    """What ``torch._cslt_sparse_mm`` does and requires, on a "compressed" weight that is only a copy."""
+    assert bias is None
+    assert dense.shape[1] % 8 == 0
+    product = packed @ dense
+    return product.t().contiguous() if transpose_result else product
+
+
 @pytest.fixture
 def sparse_linear():
     pytest.importorskip("vllm", reason="vLLM isn't installed; see README, Versions")
@@ -67,58 +76,14 @@ def sparse_linear():
     return sparse_linear
 
 
-def test_choice_of_the_kernel(sparse_linear):
-    assert sparse_linear.is_faster([1.0, 2.0, 4.0], [0.7, 1.3, 2.6])
-    # Refused if its losses outweigh its gains, and for a gain within the noise.
-    assert not sparse_linear.is_faster([1.0, 1.0, 1.0], [2.5, 0.8, 0.7])
-    assert not sparse_linear.is_faster([1.0, 1.0, 1.0], [0.97, 0.98, 0.96])
-    assert sparse_linear.is_faster([1.0, 1.0, 1.0], [1.2, 0.7, 0.7])
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "fits"),
-    [
-        ((4096, 4096), torch.bfloat16, True),
-        ((12288, 4096), torch.float16, True),
-        ((4096, 4096), torch.float32, False),
-        ((4096, 4096), torch.int8, False),
-        ((4096 + 16, 4096), torch.bfloat16, False),
-        ((4096, 4096 + 32), torch.bfloat16, False),
-        ((0, 64), torch.bfloat16, False),
-    ],
-)
-def test_shapes_of_the_kernel(shape, dtype, fits, sparse_linear):
-    assert sparse_linear.fits_kernel(shape, dtype) is fits
-
-
-def test_only_two_of_four_is_compressed(sparse_linear):
-    weight = two_of_four(64, 128)
-    assert sparse_linear.is_two_of_four(weight)
-    # As tensor parallelism cuts it: along the rows, and along whole groups of the columns.
-    assert sparse_linear.is_two_of_four(weight[:32])
-    assert sparse_linear.is_two_of_four(weight[:, 64:])
-    weight[5, 8:11] = 1
-    assert not sparse_linear.is_two_of_four(weight)
-    # Without a GPU no weight is.
-    assert torch.cuda.is_available() or not sparse_linear.runs_sparse(two_of_four(64, 128))
-
-
-def as_the_kernel(packed, dense, bias=None, transpose_result=False):
-    """What ``torch._cslt_sparse_mm`` does and requires, on a "compressed" weight that is only a copy."""
-    assert bias is None
-    assert dense.shape[1] % 8 == 0
-    product = packed @ dense
-    return product.t().contiguous() if transpose_result else product
-
-
 @pytest.mark.parametrize("tokens", [1, 7, 8, 30])
 def test_layer_on_an_emulated_kernel(tokens, sparse_linear, pretend, monkeypatch):
     """Padding, bias, leading dimensions and the exchange of the weight; the kernel itself is tested on a GPU."""
     monkeypatch.setattr(torch, "_cslt_compress", torch.clone)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", as_the_kernel)
-    monkeypatch.setattr(sparse_linear, "runs_sparse", lambda weight: True)
+    monkeypatch.setattr(sparse_linear, "choose_kernel", lambda weight: KernelChoice(sparse=True, algorithm=3))
     layer = torch.nn.Module()
-    method = sparse_linear.Sparse24LinearMethod()
+    method = sparse_linear.Sparse24LinearMethod("a.layer")
     method.create_weights(layer, 64, [32], 64, 32, torch.float32, weight_loader=None)
     weight = two_of_four(32, 64, torch.float32)
     layer.weight.data.copy_(weight)
@@ -135,6 +100,71 @@ def test_layer_on_an_emulated_kernel(tokens, sparse_linear, pretend, monkeypatch
         assert out.is_contiguous()
 
 
+def hash_with(sparse_linear, monkeypatch, choice):
+    """vLLM's hash of a configuration, which names its compile cache, once a layer has been loaded."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    monkeypatch.setattr(torch, "_cslt_compress", torch.clone)
+    monkeypatch.setattr(sparse_linear, "choose_kernel", lambda weight: choice)
+    config = VllmConfig()
+    with set_current_vllm_config(config):
+        layer, method = torch.nn.Module(), sparse_linear.Sparse24LinearMethod("a.layer")
+        method.create_weights(layer, 64, [32], 64, 32, torch.float32, weight_loader=None)
+    # As vLLM's loaders call it: outside of the context in which the model was built, and before it is compiled.
+    method.process_weights_after_loading(layer)
+    return config.compute_hash()
+
+
+def test_a_compile_cache_never_meets_another_choice(sparse_linear, pretend, monkeypatch):
+    choices = [KernelChoice(sparse=False), KernelChoice(sparse=True), KernelChoice(sparse=True, algorithm=3)]
+    hashes = [hash_with(sparse_linear, monkeypatch, choice) for choice in choices]
+    assert len(set(hashes)) == 3
+    assert hash_with(sparse_linear, monkeypatch, choices[2]) == hashes[2]
+
+
+class OneOfTwo:
+    """The tensor-parallel group as one of its two ranks sees it."""
+
+    world_size, cpu_group = 2, None
+
+    def __init__(self, rank, sent):
+        self.is_first_rank, self.sent = rank == 0, sent
+
+    def broadcast_object(self, choice):
+        if self.is_first_rank:
+            self.sent.append(choice)
+        return self.sent[-1]
+
+
+def test_ranks_choose_what_the_first_one_measured(sparse_linear, pretend, monkeypatch, tmp_path):
+    measured = []
+
+    def measure(rows, columns, dtype, device):
+        measured.append((rows, columns))
+        return KernelChoice(sparse=True, algorithm=len(measured), gains=(1.5, 1.5, 1.5))
+
+    monkeypatch.setattr(sparse_linear, "measure", measure)
+    monkeypatch.setattr(sparse_linear, "key_of", lambda *shape: str(shape))
+    monkeypatch.setattr(sparse_linear, "model_parallel_is_initialized", lambda: True)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    sent, found = [], []
+    for rank in (0, 1):
+        sparse_linear._choice_of_shape.cache_clear()
+        monkeypatch.setattr(sparse_linear, "get_tp_group", lambda rank=rank: OneOfTwo(rank, sent))
+        found.append(sparse_linear._choice_of_shape(64, 128, torch.bfloat16, torch.device("cpu")))
+    assert found == [KernelChoice(True, 1, (1.5, 1.5, 1.5))] * 2
+    # A later process doesn't measure at all.
+    sparse_linear._choice_of_shape.cache_clear()
+    monkeypatch.setattr(sparse_linear, "get_tp_group", lambda: OneOfTwo(0, sent))
+    assert sparse_linear._choice_of_shape(64, 128, torch.bfloat16, torch.device("cpu")) == found[0]
+    assert measured == [(64, 128)]
+    sparse_linear._choice_of_shape.cache_clear()
+
+
+def test_without_a_gpu_every_weight_is_dense(sparse_linear):
+    assert sparse_linear.choose_kernel(two_of_four(64, 128)) == KernelChoice(sparse=False)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestOnGpu:
@@ -149,12 +179,12 @@ class TestOnGpu:
         torch.manual_seed(0)
         weight = two_of_four(384, 512, torch.float32).div(100).to(dtype).cuda()
         x = torch.randn(tokens, 512, dtype=dtype, device="cuda")
-        out = sparse_linear.sparse_product(x, torch._cslt_compress(weight), 384)
+        out = sparse_product(x, torch._cslt_compress(weight), 384)
         # Both round a float32 sum once, to 8 bits (bfloat16); sums in another order differ by one unit of that.
         torch.testing.assert_close(out, F.linear(x, weight), rtol=2e-2, atol=5e-2)
 
     def test_layer_keeps_one_copy(self, sparse_linear, pretend, monkeypatch):
-        monkeypatch.setattr(sparse_linear, "_worth_it", lambda *shape: True)
+        monkeypatch.setattr(sparse_linear, "_choice_of_shape", lambda *shape: KernelChoice(sparse=True))
         with torch.device("cuda"):
             layer = torch.nn.Module()
             method = sparse_linear.Sparse24LinearMethod()
@@ -177,4 +207,9 @@ class TestOnGpu:
 
     def test_the_kernels_are_timed_without_an_error(self, sparse_linear):
         # Whichever it is; large products gain on every GPU that has sparse tensor cores, but that is no promise.
-        assert sparse_linear._worth_it(4096, 4096, torch.bfloat16, torch.device("cuda")) in (True, False)
+        choice = measure(4096, 4096, torch.bfloat16, "cuda")
+        assert len(choice.gains) == len(MEASURED_ROWS)
+        x = torch.randn(64, 4096, dtype=torch.bfloat16, device="cuda")
+        weight = two_of_four(4096, 4096).cuda() / 100
+        out = sparse_product(x, torch._cslt_compress(weight), 4096, choice.algorithm)
+        torch.testing.assert_close(out, F.linear(x, weight), rtol=2e-2, atol=5e-2)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from official_checkpoints import write_dream, write_llada
 from safetensors.torch import load_file, save_file
-from unequal_blocks import write_unequal_llada
 from vllm_engine import clean_environment, skip_without_vllm
 from vllm_modules import forward_function, loader, tokens_of
 
@@ -71,8 +70,7 @@ def write_llama(folder):
     return LLAMA, tensors
 
 
-# LLaDA's blocks differ in their sizes, which none of these formats may mind.
-WRITE = {"llada": write_unequal_llada, "dream": write_dream, "llama": write_llama}
+WRITE = {"llada": write_llada, "dream": write_dream, "llama": write_llama}
 # Named in full, one of each model; both are in the last layer and not fused with another.
 STAYS_DENSE = ("model.layers.1.mlp.down_proj", "model.transformer.blocks.1.attn_out")
 
@@ -214,10 +212,11 @@ def test_stacked_quantization(write, values, tmp_path, load, logits):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_two_of_four_on_sparse_tensor_cores(tmp_path, load, logits, monkeypatch):
     from sinkprune_plugin.vllm import sparse_linear
+    from sinkprune_plugin.vllm.sparse_kernel import KernelChoice
 
     if not sparse_linear.sparse_tensor_cores():
         pytest.skip("needs compute capability 8.0 and cuSPARSELt")
-    monkeypatch.setattr(sparse_linear, "_worth_it", lambda *shape: True)
+    monkeypatch.setattr(sparse_linear, "_choice_of_shape", lambda *shape: KernelChoice(sparse=True))
     folder = tmp_path / "dense"
     config, tensors = write_llada(folder, d_model=256, n_heads=4, n_kv_heads=4, mlp_hidden_size=512)
     save_file(prune(tensors), folder / "model.safetensors", metadata={"format": "pt"})

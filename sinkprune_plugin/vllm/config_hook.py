@@ -1,13 +1,28 @@
 """vLLM's configuration for a model that denoises, set before the engine is built."""
 
+import functools
+from contextvars import ContextVar
 from typing import Any
 
 from sinkprune_plugin.models.catalogue import ARCHITECTURES
+from sinkprune_plugin.vllm.memory_defaults import (
+    LONGEST_CANVAS,
+    LONGEST_CONTEXT,
+    bitmask_bytes,
+    default_canvas,
+    default_requests,
+    warms_up,
+)
 
-__all__ = ["DEFAULT_CANVAS", "register_config_hooks"]
+__all__ = ["DEFAULT_CANVAS", "SCHEDULER", "register_config_hooks"]
 
-# Longest generation served unless --diffusion-config says otherwise.
-DEFAULT_CANVAS = 1024
+# How vLLM recognises diffusion models: on the class of their configuration. What is served is decided in the hook.
+DEFAULT_CANVAS = LONGEST_CANVAS
+SCHEDULER = "sinkprune_plugin.vllm.scheduler.DenoisingScheduler"
+
+# Whether --max-num-seqs was given: vLLM has filled in its default by the time it calls the hook. None outside of
+# EngineArgs.create_engine_config.
+_requests_given: ContextVar[bool | None] = ContextVar("requests_given", default=None)
 
 
 def register_config_hooks() -> None:
@@ -20,47 +35,87 @@ def register_config_hooks() -> None:
         """An entry of vLLM's map from architectures to hooks."""
 
         @staticmethod
+        def verify_and_update_model_config(model_config: Any) -> None:
+            limit_context(model_config)
+
+        @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
             configure(vllm_config)
 
     for architecture in ARCHITECTURES:
         MODELS_CONFIG_MAP.setdefault(architecture, DenoisingConfigHook)
+    _watch_arguments()
     install_validation()
 
 
+def _watch_arguments() -> None:
+    """Wrap ``EngineArgs.create_engine_config`` to see which arguments were given. Idempotent."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.create_engine_config
+    if getattr(original, "_sinkprune", False):
+        return
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _requests_given.set(self.max_num_seqs is not None)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _requests_given.reset(token)
+
+    create_engine_config._sinkprune = True  # type: ignore[attr-defined]
+    EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
+
+
+def limit_context(model_config: Any) -> None:
+    """Limit the default length of prompt and answer together: a step runs all of it, so it sizes every batch.
+
+    :param model_config: vLLM's ``ModelConfig``, changed in place unless it names a length
+    """
+    if model_config.original_max_model_len in (None, -1) and model_config.max_model_len > LONGEST_CONTEXT:
+        _logger().info(
+            "max_model_len %d, where the model's configuration has %d: a denoising step runs prompt and answer at "
+            "once; --max-model-len sets another",
+            LONGEST_CONTEXT,
+            model_config.max_model_len,
+        )
+        model_config.max_model_len = LONGEST_CONTEXT
+
+
 def configure(vllm_config: Any) -> None:
-    """Adapt a configuration to denoising.
+    """Adapt a configuration to denoising. What it changes is logged.
 
     :param vllm_config: vLLM's configuration, changed in place
     :raises ValueError: for options that a denoising model doesn't support
     """
-    from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
     from sinkprune_plugin.vllm.cpu import set_cache
 
-    logger = init_logger("vllm.sinkprune")
     _refuse(vllm_config)
-    model, scheduler, cache = vllm_config.model_config, vllm_config.scheduler_config, vllm_config.cache_config
     canvas = _set_canvas(vllm_config)
-    # The prompt's keys and values depend on the canvas: none can be shared between requests.
-    cache.enable_prefix_caching = False
-    # Each step depends on whether the last one finished a block.
-    scheduler.async_scheduling = False
-    scheduler.scheduler_cls = "sinkprune_plugin.vllm.scheduler.DenoisingScheduler"
-    # A part of a bidirectional query would be a different computation, so whole requests wait instead.
-    scheduler.enable_chunked_prefill = False
-    scheduler.long_prefill_token_threshold = 0
-    for name in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
-        budget = getattr(scheduler, name, None)
-        if budget is not None and budget < model.max_model_len:
-            logger.info("%s raised from %d to max_model_len %d: a denoising step isn't split", name, budget,
-                        model.max_model_len)  # fmt: skip
-            setattr(scheduler, name, model.max_model_len)
+    _set_requests(vllm_config, canvas)
+    _set_scheduling(vllm_config)
     if current_platform.is_cpu():
         set_cache(vllm_config)
     vllm_config.attention_config.use_non_causal = True
-    _set_graphs(vllm_config, canvas, logger)
+    _set_graphs(vllm_config)
+    if not warms_up(canvas, vllm_config.model_config.max_model_len):
+        _logger().info(
+            "kernels aren't warmed up: that takes four canvases of %d, more than max_model_len %d; the first requests "
+            "are slower",
+            canvas,
+            vllm_config.model_config.max_model_len,
+        )
+        vllm_config.kernel_config.enable_jit_warmup = False
+
+
+def _logger() -> Any:
+    from vllm.logger import init_logger
+
+    # A logger below vLLM's own, which is the only one that is configured in its processes.
+    return init_logger("vllm.sinkprune")
 
 
 def _refuse(vllm_config: Any) -> None:
@@ -71,9 +126,13 @@ def _refuse(vllm_config: Any) -> None:
         > 1,
         "context parallelism; use tensor_parallel_size": getattr(parallel, "decode_context_parallel_size", 1) > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        # It splits a batch into two, each with a part of the plan of the step.
+        "dual batch overlap; leave --enable-dbo and --ubatch-size out": parallel.use_ubatching,
         "speculative decoding; leave speculative_config out": vllm_config.speculative_config is not None,
         "LoRA; merge the adapter into the weights": vllm_config.lora_config is not None,
         "KV transfer; leave kv_transfer_config out": vllm_config.kv_transfer_config is not None,
+        # The sampler proposes tokens by itself, so they would be ignored.
+        "custom logits processors; leave --logits-processors out": bool(vllm_config.model_config.logits_processors),
     }
     for what, asked in refused.items():
         if asked:
@@ -85,7 +144,13 @@ def _set_canvas(vllm_config: Any) -> int:
 
     longest = vllm_config.model_config.max_model_len - 1
     if vllm_config.diffusion_config is None:
-        vllm_config.diffusion_config = DiffusionConfig(canvas_length=min(DEFAULT_CANVAS, longest))
+        canvas = default_canvas(longest + 1)
+        vllm_config.diffusion_config = DiffusionConfig(canvas_length=canvas)
+        _logger().info(
+            "canvas_length %d for max_model_len %d: the longest answer served; --diffusion-config sets another",
+            canvas,
+            longest + 1,
+        )
     canvas = int(vllm_config.diffusion_config.canvas_length)
     if canvas > longest:
         raise ValueError(
@@ -95,17 +160,78 @@ def _set_canvas(vllm_config: Any) -> int:
     return canvas
 
 
-def _set_graphs(vllm_config: Any, canvas: int, logger: Any) -> None:
+def _set_requests(vllm_config: Any, canvas: int) -> None:
+    """Cap the number of requests if none was given, by what vLLM allocates for each."""
+    scheduler, vocabulary = vllm_config.scheduler_config, vllm_config.model_config.get_vocab_size()
+    given = _requests_given.get()
+    if given is None:
+        # A configuration that wasn't made from EngineArgs: as vLLM judges for DiffusionGemma.
+        given = scheduler.max_num_seqs < scheduler.DEFAULT_MAX_NUM_SEQS
+    default = default_requests(canvas, vocabulary)
+    before, size = scheduler.max_num_seqs, bitmask_bytes(scheduler.max_num_seqs, canvas, vocabulary)
+    if not given and before > default:
+        scheduler.max_num_seqs = default
+        if scheduler.max_num_active_seqs is not None:
+            scheduler.max_num_active_seqs = min(scheduler.max_num_active_seqs, default)
+        _logger().info(
+            "max_num_seqs %d in place of vLLM's default %d: vLLM reserves memory for structured outputs, %d bytes "
+            "instead of %d at a canvas of %d; --max-num-seqs sets another",
+            default,
+            before,
+            bitmask_bytes(default, canvas, vocabulary),
+            size,
+            canvas,
+        )
+    elif size > 2**30:
+        _logger().warning(
+            "max_num_seqs %d at a canvas of %d makes vLLM reserve %d bytes for structured outputs, which a denoising "
+            "model doesn't use; lower --max-num-seqs or canvas_length",
+            before,
+            canvas,
+            size,
+        )
+
+
+def _set_scheduling(vllm_config: Any) -> None:
+    logger = _logger()
+    model, scheduler, cache = vllm_config.model_config, vllm_config.scheduler_config, vllm_config.cache_config
+    if cache.enable_prefix_caching:
+        logger.info("prefix caching is off: the keys and values of a prompt depend on its answer's canvas")
+    cache.enable_prefix_caching = False
+    if scheduler.scheduler_cls not in (None, SCHEDULER):
+        logger.warning("--scheduler-cls %s is replaced by %s", scheduler.scheduler_cls, SCHEDULER)
+    scheduler.scheduler_cls = SCHEDULER
+    if scheduler.enable_chunked_prefill or scheduler.long_prefill_token_threshold:
+        # A part of a bidirectional query would be a different computation, so whole requests wait instead.
+        logger.info("chunked prefill is off: a denoising step isn't split")
+    scheduler.enable_chunked_prefill = False
+    scheduler.long_prefill_token_threshold = 0
+    if scheduler.async_scheduling is not False:
+        # vLLM switches it off where the platform or the executor can't, after this hook.
+        logger.info(
+            "asynchronous scheduling is for requests with a fixed number of steps; the others wait for each step's "
+            "result; --no-async-scheduling switches it off"
+        )
+    for name in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+        budget = getattr(scheduler, name, None)
+        if budget is not None and budget < model.max_model_len:
+            logger.info("%s raised from %d to max_model_len %d: a denoising step isn't split", name, budget,
+                        model.max_model_len)  # fmt: skip
+            setattr(scheduler, name, model.max_model_len)
+
+
+def _set_graphs(vllm_config: Any) -> None:
     from vllm.config.compilation import CUDAGraphMode
+    from vllm.config.vllm import OptimizationLevel
 
     compilation = vllm_config.compilation_config
     mode = compilation.cudagraph_mode
-    if mode is not None and mode.has_full_cudagraphs():
+    if mode is None and vllm_config.optimization_level != OptimizationLevel.O0:
+        # vLLM would fill in full graphs after this hook; where it runs eagerly, it sets NONE in any case.
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    elif mode is not None and mode.has_full_cudagraphs():
         # Steps of one request differ in width, and the logits' rows are chosen outside of the model's graph.
-        logger.info(
+        _logger().info(
             "cudagraph_mode %s replaced by PIECEWISE: the steps of a denoising model differ in width", mode.name
         )
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
-    if 4 * canvas + 4 > vllm_config.model_config.max_model_len:
-        # vLLM warms its kernels up with requests of about four canvases, which would lie beyond the last position.
-        vllm_config.kernel_config.enable_jit_warmup = False

@@ -5,10 +5,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.tasks import GenerationTask
 from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -17,7 +19,7 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.vllm.logit_shift import BoundaryStates
-from sinkprune_plugin.vllm.request_plan import plan_of
+from sinkprune_plugin.vllm.request_plan import has_plan, plan_of
 from sinkprune_plugin.vllm.sampler import DenoisingSampler
 from sinkprune_plugin.vllm.step_plan import BatchLayout, SlotTable, StepPlan
 
@@ -57,6 +59,10 @@ class DenoisingModelState(ModelState):
         """Text generation."""
         return ("generate",)
 
+    def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
+        """No full CUDA graphs, whatever the attention backend supports: steps of one request differ in width."""
+        return AttentionCGSupport.NEVER, type(self).__name__
+
     def custom_sampler(self, sampler: Any) -> tuple[Any, None]:
         """Replace vLLM's sampler.
 
@@ -72,7 +78,11 @@ class DenoisingModelState(ModelState):
         :param req_index: its slot
         :param new_req_data: the request
         """
-        options = plan_of(new_req_data.sampling_params, self._canvas_length)
+        params = new_req_data.sampling_params
+        if not has_plan(params):
+            # vLLM warms up with every option, such as logprobs of the prompt, for which it would ask the model itself.
+            new_req_data.sampling_params = SamplingParams(max_tokens=params.max_tokens if params else 1)
+        options = plan_of(params, self._canvas_length)
         self._slots.add(req_index, new_req_data.prompt_len, options)
 
     def preprocess_state(

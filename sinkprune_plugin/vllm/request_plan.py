@@ -5,7 +5,7 @@ from typing import Any
 
 from sinkprune_plugin.sampling.options import SamplingOptions
 
-__all__ = ["PLAN_KEY", "attach_plan", "plan_of"]
+__all__ = ["PLAN_KEY", "attach_plan", "has_plan", "plan_of"]
 
 # Key of the resolved options in ``SamplingParams.extra_args``. Not one of the ``dlm_`` options: a client can't send it,
 # the front end refuses keys it doesn't know.
@@ -21,6 +21,14 @@ def attach_plan(params: Any, options: SamplingOptions) -> None:
     :param options: validated options
     """
     params.extra_args = {PLAN_KEY: asdict(options)}
+
+
+def has_plan(params: Any) -> bool:
+    """Whether a request went through the front end; vLLM's warm-up requests don't.
+
+    :param params: its ``SamplingParams``
+    """
+    return PLAN_KEY in (getattr(params, "extra_args", None) or {})
 
 
 def plan_of(params: Any, canvas_length: int) -> SamplingOptions:

@@ -36,16 +36,23 @@ class DenoisingSampler:
         # Finished blocks whose keys and values are still to be computed from their final tokens (cache commit).
         self._committing = torch.zeros(self._canvas.shape[0], dtype=torch.bool, device=self._canvas.device)
         self.plan: StepPlan | None = None
+        self._new: list[int] = []
 
-    def add_request(self, req_idx: int, sampling_params: Any) -> None:
-        """Does nothing: the model state keeps what the sampler needs.
+    def add_request(self, req_idx: int, sampling_params: Any) -> None:  # noqa: ARG002
+        """Give a request a canvas full of masks before its first step, which may already run it.
 
         :param req_idx: slot
-        :param sampling_params: ignored
+        :param sampling_params: not used, the model state keeps what the sampler needs
         """
+        self._new.append(req_idx)
 
     def apply_staged_writes(self) -> None:
-        """Nothing is staged."""
+        """Carry out what :meth:`add_request` asked for; the runner calls this before it reads the canvases."""
+        if self._new:
+            slots = _to_device(np.array(self._new, np.int64), self._canvas.device)
+            self._canvas[slots] = self._mask
+            self._committing[slots] = False
+            self._new.clear()
 
     def __call__(
         self,
@@ -67,15 +74,16 @@ class DenoisingSampler:
         sampled = torch.zeros(num_reqs, width, dtype=torch.int32, device=device)
         num_sampled = torch.zeros(num_reqs, dtype=torch.int32, device=device)
         num_rejected = torch.zeros(num_reqs, dtype=torch.int32, device=device)
+        num_nans = torch.zeros(num_reqs, dtype=torch.int32, device=device)
         if plan is not None:
             if len(plan.idle):
                 self._begin(plan, num_rejected)
             if len(plan.numbers.slot):
-                self._denoise(plan, logits, sampled, num_sampled, num_rejected)
+                self._denoise(plan, logits, sampled, num_sampled, num_rejected, num_nans)
         return SamplerOutput(
             sampled_token_ids=sampled,
             logprobs_tensors=None,
-            num_nans=None,
+            num_nans=num_nans,
             num_sampled=num_sampled,
             num_rejected=num_rejected,
         )
@@ -94,12 +102,15 @@ class DenoisingSampler:
         sampled: torch.Tensor,
         num_sampled: torch.Tensor,
         num_rejected: torch.Tensor,
+        num_nans: torch.Tensor,
     ) -> None:
         device, widest = logits.device, plan.widest
         numbers = RequestNumbers(*_to_device(np.stack(plan.numbers, axis=1), device).unbind(1))
         floats = RequestFloats(*_to_device(np.stack(plan.floats, axis=1), device).unbind(1))
         row_request, row_column = _to_device(np.stack([plan.row_request, plan.row_column]), device)
 
+        broken = logits.isnan().any(dim=1)
+        num_nans.index_add_(0, numbers.number[row_request], broken.to(torch.int32))
         tokens, confidence = propose(
             logits,
             temperature=floats.temperature[row_request],

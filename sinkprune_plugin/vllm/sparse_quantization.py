@@ -96,18 +96,18 @@ class SparseConfig(QuantizationConfig):
     def get_quant_method(
         self,
         layer: torch.nn.Module,
-        prefix: str,  # noqa: ARG002
+        prefix: str,
     ) -> QuantizeMethodBase | None:
         """The method that runs a layer.
 
         :param layer: the layer
-        :param prefix: not used: whether a weight is 2:4 is seen once it is loaded
+        :param prefix: its full name; whether a weight is 2:4 is seen once it is loaded
         :return: a method for Linears, None for all else
         """
         if not isinstance(layer, LinearBase):
             return None
         if self.sparse_format is CheckpointFormat.SPARSE_24_BITMASK and sparse_tensor_cores():
-            return Sparse24LinearMethod()
+            return Sparse24LinearMethod(prefix)
         return UnquantizedLinearMethod()
 
 

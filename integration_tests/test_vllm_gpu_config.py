@@ -1,0 +1,231 @@
+"""The final configuration that a GPU would start with: graphs, memory and what is overridden. Nothing runs."""
+
+import json
+import logging
+
+import pytest
+from vllm_engine import prepare_vllm
+from vllm_gpu_platform import simulated_gpu
+
+prepare_vllm()
+
+from sinkprune_plugin.vllm.memory_defaults import bitmask_bytes  # noqa: E402
+
+# The published configurations, as far as they matter here.
+LLADA = {
+    "architectures": ["LLaDAModelLM"], "model_type": "llada", "activation_type": "silu", "alibi": False,
+    "block_type": "llama", "d_model": 4096, "embedding_size": 126464, "include_bias": False, "include_qkv_bias": False,
+    "layer_norm_type": "rms", "mask_token_id": 126336, "max_sequence_length": 4096, "mlp_hidden_size": 12288,
+    "n_heads": 32, "n_kv_heads": 32, "n_layers": 32, "rms_norm_eps": 1e-5, "rope": True, "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16", "vocab_size": 126464, "weight_tying": False,
+}  # fmt: skip
+DREAM = {
+    "architectures": ["DreamModel"], "model_type": "Dream", "hidden_act": "silu", "hidden_size": 3584,
+    "intermediate_size": 18944, "mask_token_id": 151666, "max_position_embeddings": 131072, "num_attention_heads": 28,
+    "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+    "torch_dtype": "bfloat16", "vocab_size": 152064,
+}  # fmt: skip
+PUBLISHED = {"llada": LLADA, "dream": DREAM}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published")
+    for name, config in PUBLISHED.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_a_gpu(folders):
+    with simulated_gpu(), pytest.MonkeyPatch.context() as patch:
+        # As in a user's shell.
+        patch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+        from vllm.engine.arg_utils import EngineArgs
+
+        # The first one configures vLLM's loggers anew.
+        EngineArgs(model=str(folders / "llada"), skip_tokenizer_init=True).create_engine_config()
+        yield
+
+
+@pytest.fixture
+def make(folders):
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    def make(name="llada", context="LLM_CLASS", **options):
+        arguments = EngineArgs(model=str(folders / name), skip_tokenizer_init=True, **options)
+        return arguments.create_engine_config(UsageContext[context])
+
+    return make
+
+
+@pytest.fixture
+def log():
+    """Messages of the adapter; vLLM's loggers don't pass theirs on."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("vllm.sinkprune")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield messages
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("context", ["LLM_CLASS", "OPENAI_API_SERVER"])
+def test_defaults(name, context, make, log):
+    config = make(name, context)
+    scheduler, canvas = config.scheduler_config, config.diffusion_config.canvas_length
+    # What the runner allocates, by the same product: vllm/v1/worker/gpu/model_runner.py, StructuredOutputsWorker.
+    rows = scheduler.max_num_seqs * config.num_speculative_tokens
+    assert config.num_speculative_tokens == canvas
+    size = rows * -(-config.model_config.get_vocab_size() // 32) * 4
+    assert size == bitmask_bytes(scheduler.max_num_seqs, canvas, config.model_config.get_vocab_size())
+    assert size < 2**29
+    # At vLLM's own default of 1024 requests on this GPU.
+    assert bitmask_bytes(1024, canvas, config.model_config.get_vocab_size()) > 15 * 2**30
+    assert scheduler.max_num_seqs >= 24
+    assert any(f"{size} bytes instead of" in line for line in log), log
+    assert (canvas, config.model_config.max_model_len) == (1023, {"llada": 4096, "dream": 8192}[name])
+    assert config.kernel_config.enable_jit_warmup
+    # Neither the whole context of Dream nor less than a request.
+    assert scheduler.max_num_batched_tokens == (16384 if context == "LLM_CLASS" else 8192)
+    assert config.use_v2_model_runner
+    assert scheduler.async_scheduling
+    assert config.compilation_config.cudagraph_mode.name == "PIECEWISE"
+    assert not config.cache_config.enable_prefix_caching
+    for words in ("prefix caching is off", "chunked prefill is off", "asynchronous scheduling is for requests"):
+        assert any(words in line for line in log), words
+
+
+def test_given_numbers_are_kept(make, log):
+    config = make(max_num_seqs=1024, max_model_len=2048, diffusion_config={"canvas_length": 128})
+    assert config.scheduler_config.max_num_seqs == 1024
+    assert config.diffusion_config.canvas_length == 128
+    assert any(f"reserve {1024 * 128 * 3952 * 4} bytes" in line for line in log), log
+    config = make("dream", max_model_len=32768)
+    assert config.model_config.max_model_len == 32768
+    assert config.scheduler_config.max_num_batched_tokens == 32768
+
+
+def test_a_short_context_has_a_shorter_canvas_and_still_warms_up(make):
+    for length, canvas, warm in ((2048, 511, True), (1024, 255, True), (512, 255, False), (100, 99, False)):
+        config = make(max_model_len=length)
+        assert config.diffusion_config.canvas_length == canvas
+        assert config.kernel_config.enable_jit_warmup is warm
+
+
+GRAPHS = {
+    "default": ({}, "PIECEWISE"),
+    "canvas = max_tokens": ({"diffusion_config": {"canvas_length": 64}}, "PIECEWISE"),
+    "full": ({"compilation_config": {"cudagraph_mode": "FULL"}}, "PIECEWISE"),
+    "full decode": ({"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}}, "PIECEWISE"),
+    "none": ({"compilation_config": {"cudagraph_mode": "NONE"}}, "NONE"),
+    "eager": ({"enforce_eager": True}, "NONE"),
+    "-O0": ({"optimization_level": 0}, "NONE"),
+    "-O1": ({"optimization_level": 1}, "PIECEWISE"),
+    "-O3": ({"optimization_level": 3}, "PIECEWISE"),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graphs_are_never_full(name, make):
+    options, mode = GRAPHS[name]
+    assert make(**options).compilation_config.cudagraph_mode.name == mode
+
+
+def dispatcher(config, monkeypatch, mode=None):
+    """vLLM's dispatcher of CUDA graphs, as the runner makes it after asking model state and attention backend."""
+    import torch
+    from vllm.v1.attention.backend import AttentionCGSupport
+    from vllm.v1.worker.gpu import cudagraph_utils
+    from vllm.v1.worker.gpu.attn_utils import AttentionCGSupportInfo
+
+    from sinkprune_plugin.vllm.model_state import DenoisingModelState
+
+    canvas = config.diffusion_config.canvas_length
+    # FlashAttention's, which supports everything; its own class needs CUDA's extension.
+    support = AttentionCGSupportInfo(AttentionCGSupport.ALWAYS, None)
+    support = support.narrow(*DenoisingModelState.get_additional_cg_support(object()))
+    if mode is None:
+        mode = config.compilation_config.resolve_cudagraph_mode_and_sizes(
+            support.min_cg_support, support.min_cg_attn_backend, canvas, use_v2_model_runner=True,
+            max_num_reqs=config.scheduler_config.max_num_seqs, piecewise_capture_available=True,
+        )  # fmt: skip
+    monkeypatch.setattr(
+        cudagraph_utils, "get_pp_group", lambda: type("Group", (), {"is_first_rank": True, "is_last_rank": True})
+    )
+    manager = cudagraph_utils.CudaGraphManager(config, torch.device("cpu"), mode, decode_query_len=canvas)
+    manager._graphs_captured = True
+    return manager
+
+
+def dispatched(manager, queries):
+    """The mode of a batch of queries that all have left their prompts, by the runner's own reckoning."""
+    from vllm.v1.worker.utils import get_uniform_decode_token_count
+
+    total = sum(queries)
+    uniform = get_uniform_decode_token_count(len(queries), total, max(queries), True)
+    return manager.dispatch(len(queries), total, uniform, 0, max_query_len=max(queries)).cg_mode.name
+
+
+def test_the_dispatcher_never_finds_a_full_graph(make, monkeypatch):
+    from vllm.config.compilation import CUDAGraphMode
+
+    config = make(diffusion_config={"canvas_length": 64}, max_num_seqs=8)
+    canvas = config.diffusion_config.canvas_length
+    manager = dispatcher(config, monkeypatch)
+    batches = {
+        "prefix: all that remains of canvas = max_tokens": [canvas] * 4,
+        "dual and commit: block = canvas": [canvas] * 8,
+        "one request": [canvas],
+        "blocks": [32] * 8,
+        "mixed": [canvas, 32, 7],
+    }
+    assert {name: dispatched(manager, queries) for name, queries in batches.items()} == dict.fromkeys(
+        batches, "PIECEWISE"
+    )
+    # What vLLM's default would have done with the first three: an assertion in prepare_attn.
+    full = dispatcher(config, monkeypatch, CUDAGraphMode.FULL_AND_PIECEWISE)
+    assert [dispatched(full, queries) for queries in batches.values()] == ["FULL"] * 3 + ["PIECEWISE"] * 2
+
+
+def test_a_mode_set_after_the_hook_is_resolved_by_the_model_state(make, monkeypatch):
+    from vllm.config.compilation import CUDAGraphMode
+
+    config = make(diffusion_config={"canvas_length": 64})
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    assert dispatcher(config, monkeypatch).cudagraph_mode == CUDAGraphMode.PIECEWISE
+
+
+REFUSED = {
+    "dual batch overlap": {"enable_dbo": True},
+    "custom logits processors": {"logits_processors": ["vllm.v1.sample.logits_processor:LogitsProcessor"]},
+    "pipeline parallelism": {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_in_one_line(name, make, monkeypatch):
+    # Several GPUs, as far as the configuration asks.
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "device_count", classmethod(lambda cls: 8))
+    with pytest.raises(ValueError, match=f"denoises a canvas and doesn't support {name}"):
+        make(**REFUSED[name])
+
+
+def test_a_scheduler_of_the_users_is_replaced_with_a_word(make, log):
+    config = make(scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler")
+    assert config.scheduler_config.scheduler_cls == "sinkprune_plugin.vllm.scheduler.DenoisingScheduler"
+    assert any(line.startswith("--scheduler-cls vllm.v1.core.sched.scheduler.Scheduler is replaced by") for line in log)
+
+
+def test_synchronous_scheduling_can_be_chosen(make, log):
+    assert make(async_scheduling=False).scheduler_config.async_scheduling is False
+    assert not any("asynchronous scheduling" in line for line in log)
