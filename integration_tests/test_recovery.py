@@ -111,6 +111,15 @@ def test_variants_learn_and_keep_the_zeros(options, pair, text, tmp_path):
     assert all(not after[name][before[name] == 0].any() for name in before)
 
 
+def test_blockwise_lowers_the_blocks_errors(pair, text, tmp_path):
+    options = RecoveryOptions(method="blockwise", batch_size=4, learning_rate=3e-3, held_out=0.25)
+    result = recover_model(*pair, tmp_path / "out", options=options, dataset=text, **(SHORT | {"steps": 20}))
+    assert result.held_out_after < 0.9 * result.held_out_before
+    assert_zeros_kept(pair[1], tmp_path / "out")
+    blocks = json.loads((tmp_path / "out" / "recovery" / "recovery.json").read_text())["blocks"]
+    assert [block["block"] for block in blocks] == [0, 1]
+
+
 def test_stored_predictions_come_close_to_the_live_teacher(pair, text, recovered, tmp_path):
     options = RecoveryOptions(**QUICK, teacher_top_k=1024)
     stored = recover_model(*pair, tmp_path / "out", options=options, dataset=text, **SHORT)

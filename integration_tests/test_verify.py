@@ -101,7 +101,7 @@ def test_a_model_against_itself_is_the_same(tmp_path):
     assert "no measurable difference" in " ".join(done.stdout.split())
 
 
-def test_a_missed_bar_is_exit_1_with_a_whole_report_and_an_autoregressive_model_beside(pruned, tmp_path):
+def test_a_missed_bar_is_exit_1_with_a_whole_report_and_further_models_beside(pruned, report, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -109,8 +109,13 @@ def test_a_missed_bar_is_exit_1_with_a_whole_report_and_an_autoregressive_model_
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) + 8, **sizes)).save_pretrained(tmp_path / "ar")
     tokenizer.save_pretrained(tmp_path / "ar")
+    # The dense model as one that was recovered entirely, so that its column can't be taken for the pruned one's.
+    recovered = copy_of(EMBEDDED_MODEL, tmp_path / "recovered")
+    (recovered / "recovery").mkdir()
+    shutil.copy(report / "speed.png", recovered / "recovery" / "loss.png")
     done = run_here("verify", EMBEDDED_MODEL, pruned, "--output", tmp_path / "out", "--quick", "--seq-len", 64,
-                    "--max-ppl-increase", 0, "--min-speedup", 9, "--ar-model", tmp_path / "ar")  # fmt: skip
+                    "--max-ppl-increase", 0, "--min-speedup", 9, "--ar-model", tmp_path / "ar",
+                    "--recovered", recovered)  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     assert "MISSED" in done.stdout
     content = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -121,7 +126,18 @@ def test_a_missed_bar_is_exit_1_with_a_whole_report_and_an_autoregressive_model_
     ]
     assert content["bars"][1]["value"] == content["speed"]["ratio_low"]
     assert set(content["sinks"]) == {"dense", "pruned", "autoregressive"}
-    assert "missed" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "missed" in page
+    third = content["recovered"]
+    assert (third["name"], third["quality"]["ratio"], third["samples"]["agreement"]) == ("recovered", 1.0, 1.0)
+    row = next(line for line in done.stdout.splitlines() if line.startswith("increase over dense"))
+    increases = re.findall(r"([+-]\d+\.\d) %", row)
+    assert (float(increases[0]) > 5, increases[1]) == (True, "+0.0")
+    assert 'alt="Training and held-out loss of the recovery"' in page
+    cells = re.search(r"<th>same tokens as dense</th><td>([^<]*)</td><td>([^<]*)</td><td>([^<]*)</td>", page)
+    assert cells
+    assert (cells[1], cells[3]) == ("100.0 %", "100.0 %")
+    assert cells[2] != "100.0 %"
 
 
 def copy_of(source, target):

@@ -8,9 +8,11 @@ import random
 
 import pytest
 import torch
+from unequal_blocks import make_unequal
 from vllm_engine import make_engine, prepare_vllm
 
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
+from sinkprune_plugin.models.block_sizes import block_sizes
 from sinkprune_plugin.sampling import denoise
 from sinkprune_plugin.text_windows import embedded_text, read_documents
 
@@ -303,3 +305,18 @@ def test_broken_logits_end_that_request_with_an_error(engine, plain, text_ids):
         assert list(outputs[number].token_ids) == expected
     # The pages of those that ended hold NaN; whoever gets them next must not see it.
     check(engine, plain, [(text_ids[:70], 16, {"block_length": 8, "steps": 4, "cache": cache}) for cache in CACHES])
+
+
+def test_blocks_of_different_sizes(tmp_path, text_ids):
+    """Each layer has its own number of key and value heads, so the cache's pages differ too."""
+    smaller = make_unequal(load_model(EMBEDDED_MODEL, torch.float32))
+    assert len(set(block_sizes(smaller))) == 4
+    smaller.save_pretrained(tmp_path)
+    load_tokenizer(EMBEDDED_MODEL).save_pretrained(tmp_path)
+    rng = random.Random(3)
+    requests = [
+        (prompt_of(text_ids, length, rng), wanted, {"cache": cache, "block_length": 16})
+        for cache in ("none", "dual")
+        for length, wanted in ((1, 16), (100, 64), (33, 40))
+    ]
+    check(make_engine(tmp_path), smaller, requests)

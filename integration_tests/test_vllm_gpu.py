@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from sparse_models import prune_2_of_4
+from unequal_blocks import make_unequal
 from vllm_engine import make_engine
 
 from sinkprune_plugin.formats import convert_checkpoint
@@ -47,10 +48,16 @@ def agreement(first, second):
     return sum(a == b for a, b in pairs) / len(pairs)
 
 
-def test_float32_equals_the_plain_sampler():
+@pytest.mark.parametrize("unequal", [False, True], ids=["equal blocks", "blocks of different sizes"])
+def test_float32_equals_the_plain_sampler(unequal, tmp_path):
     prompts, options = requests(16)
-    found = generate(make_engine(EMBEDDED_MODEL), prompts, options)
-    model = load_model(EMBEDDED_MODEL, torch.float32).cuda()
+    folder, model = EMBEDDED_MODEL, load_model(EMBEDDED_MODEL, torch.float32)
+    if unequal:
+        folder = tmp_path
+        make_unequal(model).save_pretrained(folder)
+        load_tokenizer(EMBEDDED_MODEL).save_pretrained(folder)
+    found = generate(make_engine(folder), prompts, options)
+    model = model.cuda()
     expected = [
         denoise(model, torch.tensor(prompt), gen_length=32, **option).sequences[0].tolist()
         for prompt, option in zip(prompts, options, strict=True)

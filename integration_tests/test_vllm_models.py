@@ -6,6 +6,7 @@ import pytest
 import torch
 from official_checkpoints import write_dream, write_llada
 from safetensors.torch import load_file, save_file
+from unequal_blocks import write_unequal_dream, write_unequal_llada
 from vllm_engine import prepare_vllm
 from vllm_modules import forward_function, loader, tokens_of
 
@@ -106,6 +107,18 @@ def test_mmada_gives_the_logits_of_the_plain_model(architecture, tmp_path, load,
 def test_dream_gives_the_logits_of_the_plain_model(changes, tmp_path, load, logits):
     config, _ = write_dream(tmp_path, **changes)
     check_same_logits(DreamModel, tmp_path, config, load, logits)
+
+
+@pytest.mark.parametrize(
+    ("write", "native_class", "changes"),
+    [(write_unequal_llada, LLaDAModelLM, {}), (write_unequal_llada, LLaDAModelLM, {"n_kv_heads": 3,
+      "include_bias": True}), (write_unequal_dream, DreamModel, {})],
+    ids=["llada", "llada, grouped queries and biases", "dream"],
+)  # fmt: skip
+def test_blocks_of_different_sizes(write, native_class, changes, tmp_path, load, logits):
+    config, _ = write(tmp_path, **changes)
+    assert len({json.dumps(sizes) for sizes in config["sinkprune_block_sizes"]}) == 2
+    check_same_logits(native_class, tmp_path, config, load, logits)
 
 
 def test_bfloat16_rounds_as_the_native_class(tmp_path, load, logits):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from official_checkpoints import write_dream, write_llada
 from safetensors.torch import load_file, save_file
+from unequal_blocks import write_unequal_llada
 from vllm_engine import clean_environment, skip_without_vllm
 from vllm_modules import forward_function, loader, tokens_of
 
@@ -70,7 +71,8 @@ def write_llama(folder):
     return LLAMA, tensors
 
 
-WRITE = {"llada": write_llada, "dream": write_dream, "llama": write_llama}
+# LLaDA's blocks differ in their sizes, which none of these formats may mind.
+WRITE = {"llada": write_unequal_llada, "dream": write_dream, "llama": write_llama}
 # Named in full, one of each model; both are in the last layer and not fused with another.
 STAYS_DENSE = ("model.layers.1.mlp.down_proj", "model.transformer.blocks.1.attn_out")
 

@@ -186,6 +186,9 @@ def verify(
     seed: SeedOption = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer windows, shorter runs, wider intervals.")] = False,
     ar_model: Annotated[str | None, typer.Option(help="An autoregressive model whose sinks are shown too.")] = None,
+    recovered: Annotated[
+        Path | None, typer.Option(help="A model recovered from the pruned one, as a third column.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: each checkpoint's own.")] = None,
     max_ppl_increase: Annotated[float | None, typer.Option(help="Fail above this increase, in percent.")] = None,
     min_agreement: Annotated[float | None, typer.Option(help="Fail below this share of equal tokens, 0 to 1.")] = None,
@@ -216,6 +219,7 @@ def verify(
         seed=seed,
         quick=quick,
         ar_model=ar_model,
+        recovered=recovered,
         bars=Bars(max_ppl_increase, min_agreement, max_size_ratio, min_speedup),
         dtype=dtype,
         device=device,
@@ -237,9 +241,7 @@ def recover(
     dataset: DatasetOption = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; default: 300.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on, instead of steps.")] = None,
-    method: Annotated[
-        str, typer.Option(help="distill (toward the dense model's predictions) or elbo (text).")
-    ] = "distill",
+    method: Annotated[str, typer.Option(help="distill, elbo (text alone) or blockwise (little memory).")] = "distill",
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a window; default: at most 1024.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step, over all processes.")] = 8,
     micro_batch_size: Annotated[

@@ -5,7 +5,6 @@ Linears that share it (:class:`~sinkprune_plugin.models.catalogue.Units`). After
 configuration says what the model is, so that ``save_pretrained`` and ``from_pretrained`` give the same model again.
 """
 
-import math
 from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -142,24 +141,19 @@ def remove_blocks(model: nn.Module, indices: Collection[int]) -> None:
 def settle_config(model: nn.Module) -> None:
     """Make the configuration say what the model's weights are. Idempotent.
 
-    Where the ordinary options can say it, they do, and official code loads the checkpoint. Otherwise they hold the
-    largest sizes of any block, and ``sinkprune_block_sizes`` those of each.
+    Where the ordinary options can say it, they do, and official code loads the checkpoint. Otherwise
+    ``sinkprune_block_sizes`` holds the sizes of each block. The numbers of heads among the ordinary options are never
+    changed, since official code divides the width by them to get that of a head.
 
     :param model: a native model
     :raises UsageError: if its family has no units
     """
     config, sizes = _config(model), block_sizes(model)
     config.num_hidden_layers = len(sizes)
-    groups = max(block.key_value_heads for block in sizes)
-    heads = max(block.attention_heads for block in sizes)
-    # The options must be a multiple of each other, which the largest of two blocks may not be.
-    largest = BlockSizes(max(block.mlp_channels for block in sizes), math.ceil(heads / groups) * groups, groups)
-    if largest != ordinary_sizes(config):
-        config.intermediate_size = largest.mlp_channels
-        config.num_attention_heads = largest.attention_heads
-        config.num_key_value_heads = largest.key_value_heads
-    alike = all(block == largest for block in sizes)
-    if alike and largest.attention_heads * config.head_dim == config.hidden_size:
+    channels = max(block.mlp_channels for block in sizes)
+    if channels != ordinary_sizes(config).mlp_channels:
+        config.intermediate_size = channels
+    if all(block == ordinary_sizes(config) for block in sizes):
         if hasattr(config, SIZES_KEY):
             delattr(config, SIZES_KEY)
     else:

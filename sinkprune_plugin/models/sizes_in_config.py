@@ -48,7 +48,7 @@ class BlockSizes:
 
 
 def ordinary_sizes(config: Any) -> BlockSizes:
-    """What the ordinary options say of each block; the largest ones where the blocks differ.
+    """What the ordinary options say of each block; none is larger where ``sinkprune_block_sizes`` says more.
 
     :param config: LLaDA's, Dream's or another configuration with transformers' names
     :return: the sizes, unchecked

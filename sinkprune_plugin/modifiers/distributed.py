@@ -25,6 +25,7 @@ __all__ = [
     "reduce_to_owner",
     "replace_weight",
     "store_weight",
+    "sum_everywhere",
     "use_own_device",
     "world_size",
 ]
@@ -112,44 +113,57 @@ def reduce_to_owner(tensor: torch.Tensor, owner: int) -> None:
         tensor.copy_(shared)
 
 
-def replace_weight(module: torch.nn.Linear, weight: torch.Tensor | None, owner: int) -> torch.Tensor:
+def sum_everywhere(tensor: torch.Tensor) -> None:
+    """Sum a tensor over all processes, in place on each of them.
+
+    :param tensor: the same shape everywhere, on the device of the process
+    """
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+
+
+def replace_weight(
+    module: torch.nn.Module, weight: torch.Tensor | None, owner: int, name: str = "weight"
+) -> torch.Tensor:
     """Put a weight into a module on every process, also where it is offloaded.
 
-    :param module: module with a ``weight``
+    :param module: the module
     :param weight: the new weight on its owner, None elsewhere
     :param owner: rank that has it
+    :param name: name of the parameter
     :return: the new weight, on every process
     """
     if weight is None:
-        weight = torch.empty_like(module.weight, memory_format=torch.contiguous_format)
+        weight = torch.empty_like(getattr(module, name), memory_format=torch.contiguous_format)
     if world_size() == 1:
-        update_offload_parameter(module, "weight", weight)
+        update_offload_parameter(module, name, weight)
         return weight
     weight = weight.contiguous()
     dist.broadcast(as_broadcastable(weight), src=owner)
-    store_weight(module, weight, owner)
+    store_weight(module, weight, owner, name)
     # Nobody reads the shared weight before it is there.
     barrier()
     return weight
 
 
-def store_weight(module: torch.nn.Module, weight: torch.Tensor, owner: int = 0) -> None:
+def store_weight(module: torch.nn.Module, weight: torch.Tensor, owner: int = 0, name: str = "weight") -> None:
     """Put a weight that every process has into a module, also where it is offloaded; no process waits for another.
 
-    :param module: module with a ``weight``
+    :param module: the module
     :param weight: the new weight
     :param owner: rank that writes it where all processes share the offloaded one
+    :param name: name of the parameter
     """
     cache = module._parameters
     if isinstance(cache, DistributedCPUCache | DistributedDiskCache) and rank() != owner:
         # All processes share this memory or file, and only its owner writes. What is onloaded here is a copy of it.
-        offloaded = cache.offloaded_values["weight"]
+        offloaded = cache.offloaded_values[name]
         onloaded = OffloadCache.keep_onloaded_values.get(offloaded)
         if onloaded is not None and onloaded is not offloaded:
             with torch.no_grad():
                 onloaded.copy_(weight)
     else:
-        update_offload_parameter(module, "weight", weight)
+        update_offload_parameter(module, name, weight)
 
 
 def barrier() -> None:

@@ -121,6 +121,15 @@ class HiddenStates:
             if len(computed) > PASSES_AHEAD:
                 computed.popleft().synchronize()
 
+    def get(self, index: int, device: torch.device) -> torch.Tensor:
+        """Bring in one pass, in any order; what was written must have settled.
+
+        :param index: number of the pass
+        :param device: device to bring it to
+        :return: (B, T, d), a copy
+        """
+        return self._states[index].to(device, copy=True, non_blocking=True)
+
     def write(self, index: int, hidden: torch.Tensor) -> None:
         """Replace the hidden states of a pass by those after the block.
 

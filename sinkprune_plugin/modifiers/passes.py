@@ -13,13 +13,14 @@ from typing import Any
 import torch
 import tqdm
 from compressed_tensors.offload import disable_offloading, get_execution_device
+from compressed_tensors.offload.utils import send_tensors
 
 from sinkprune_plugin.devices import input_device
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers.hidden_states import HiddenStates, Place
 from sinkprune_plugin.modifiers.replaced_forward import forward_replaced
 
-__all__ = ["AllSeenError", "CalibrationPass", "OnloadedBlock", "PassEngine"]
+__all__ = ["AllSeenError", "BlockCall", "CalibrationPass", "OnloadedBlock", "PassEngine"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,20 @@ class AllSeenError(Exception):
     """Raised by a hook in a block to end the pass's call there: what the hook was for has been seen."""
 
 
+@dataclass(frozen=True)
+class BlockCall:
+    """What a decoder block is called with in one pass.
+
+    :param hidden: (B, T, d) hidden states
+    :param args: further positional arguments
+    :param kwargs: keyword arguments: attention mask, rotary tables, …
+    """
+
+    hidden: torch.Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 # Entered around each pass's call, with the number of the pass.
 Watch = Callable[[int, CalibrationPass], contextlib.AbstractContextManager[Any]]
 
@@ -62,6 +77,7 @@ class OnloadedBlock:
     def __init__(self, engine: "PassEngine", index: int) -> None:
         self.index = index
         self.advanced = False
+        self._dense_advanced = False
         self._engine = engine
 
     def run(
@@ -84,8 +100,41 @@ class OnloadedBlock:
         """
         if self.advanced:
             raise RuntimeError(f"decoder block {self.index} has passed its outputs on already")
+        if advance and (dense is None) == (self._engine._two_streams and not self._dense_advanced):
+            raise RuntimeError("a sweep of two streams advances both")
         self._engine._run_block(self.index, watch, dense, advance=advance, only_first=only_first)
         self.advanced = advance
+
+    def advance_dense(self, compute: Callable[[BlockCall], Any]) -> None:
+        """In a sweep of two streams, pass the dense model's hidden states on before the pruned model's.
+
+        :param compute: the dense model's block
+        :raises UsageError: if it changes the shape of the hidden states
+        """
+        self._engine._advance_dense(self.index, compute)
+        self._dense_advanced = True
+
+    def call(self, number: int) -> BlockCall:
+        """What the block is called with in one of the passes, on the block's device.
+
+        :param number: number of the pass
+        :return: the call; its hidden states are a copy
+        """
+        return self._engine._call_of(self.index, number)
+
+    def dense_output(self, number: int) -> torch.Tensor:
+        """What the dense model's block gives in one of the passes; after :meth:`advance_dense`.
+
+        :param number: number of the pass
+        :return: (B, T, d) on the block's device
+        """
+        if not self._dense_advanced:
+            raise RuntimeError(f"the dense hidden states of decoder block {self.index} have not been passed on")
+        return self._engine._dense.get(number, self._engine._device_of(self.index))
+
+    def progress(self) -> None:
+        """Count one run of the block on a pass that the visitor did itself."""
+        self._engine._bar.update()
 
 
 class PassEngine:
@@ -114,7 +163,7 @@ class PassEngine:
         self._two_streams = False
         self._progress = progress
         self._passes: Sequence[CalibrationPass] = ()
-        self._calls: list[_BlockCall] = []
+        self._calls: list[_OtherArguments] = []
         # Turns hidden states into the last block's output: some blocks return more than these.
         self._as_output: Callable[[torch.Tensor], Any] = _identity
         self._bar = tqdm.tqdm(disable=True)
@@ -192,8 +241,8 @@ class PassEngine:
             for states in self._streams():
                 states.write(index, hidden.detach())
             # Masks and rotary tables are the same for the timesteps of a batch, and often for all passes: keep one.
-            previous = self._calls[-1] if self._calls else _BlockCall((), {})
-            self._calls.append(_BlockCall(_shared(args[1:], previous.args), _shared(kwargs, previous.kwargs)))
+            previous = self._calls[-1] if self._calls else _OtherArguments((), {})
+            self._calls.append(_OtherArguments(_shared(args[1:], previous.args), _shared(kwargs, previous.kwargs)))
         self._settle()
 
     def _first_call(self, inputs: dict[str, torch.Tensor | None]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -219,19 +268,17 @@ class PassEngine:
         self, index: int, watch: Watch | None, dense: Watch | None, *, advance: bool, only_first: bool
     ) -> None:
         block = self._blocks[index]
-        device = torch.device(get_execution_device(block))
+        device = self._device_of(index)
         # From the dense model's stream to that of the pruned one, which may have to be compared with it.
         streams = [(self._dense, dense), (self._hidden, watch)] if dense is not None else [(self._hidden, watch)]
-        if advance and len(streams) != len(self._streams()):
-            raise RuntimeError("a sweep of two streams advances both")
         reads = [(states, around, states.read(device)) for states, around in streams]
         count = 1 if only_first else len(self._passes)
-        for number, (each, call) in enumerate(zip(self._passes[:count], self._calls[:count], strict=True)):
+        for number, (each, other) in enumerate(zip(self._passes[:count], self._calls[:count], strict=True)):
             for states, around, incoming in reads:
                 hidden = next(incoming)
                 try:
                     with contextlib.nullcontext() if around is None else around(number, each):
-                        output = block(hidden, *call.args, **call.kwargs)
+                        output = block(hidden, *other.args, **other.kwargs)
                 except AllSeenError:
                     if advance:
                         raise
@@ -240,6 +287,24 @@ class PassEngine:
                 if not only_first:
                     self._bar.update()
         self._settle()
+
+    def _advance_dense(self, index: int, compute: Callable[[BlockCall], Any]) -> None:
+        for number, hidden in enumerate(self._dense.read(self._device_of(index))):
+            output = compute(self._call_with(hidden, number))
+            self._dense.write(number, self._hidden_of(index, hidden, output))
+            self._bar.update()
+        self._settle()
+
+    def _call_of(self, index: int, number: int) -> BlockCall:
+        return self._call_with(self._hidden.get(number, self._device_of(index)), number)
+
+    def _call_with(self, hidden: torch.Tensor, number: int) -> BlockCall:
+        # Those of the first block, which may be on another device.
+        other = self._calls[number]
+        return BlockCall(hidden, send_tensors(other.args, hidden.device), send_tensors(other.kwargs, hidden.device))
+
+    def _device_of(self, index: int) -> torch.device:
+        return torch.device(get_execution_device(self._blocks[index]))
 
     def _streams(self) -> list[HiddenStates]:
         return [self._dense, self._hidden] if self._two_streams else [self._hidden]
@@ -263,7 +328,7 @@ class PassEngine:
 
 
 @dataclass(frozen=True)
-class _BlockCall:
+class _OtherArguments:
     """Arguments of a block besides the hidden states: attention mask, rotary tables, …"""
 
     args: tuple[Any, ...]

@@ -37,6 +37,7 @@ class RunEstimate:
     :param hidden_bytes: hidden states that wait between two blocks
     :param statistics_bytes: statistics that are held at once, on the device
     :param brought_in_bytes: offloaded weights that are brought to the device, over all sweeps
+    :param training_bytes: weights, gradients and optimizer states of a block that is trained, on the device
     """
 
     sweeps: tuple[SweepPlan, ...]
@@ -44,6 +45,7 @@ class RunEstimate:
     hidden_bytes: int
     statistics_bytes: int
     brought_in_bytes: int
+    training_bytes: int = 0
 
     @property
     def block_runs(self) -> int:
@@ -54,8 +56,12 @@ class RunEstimate:
         sweeps = " + ".join(f"{sweep.num_passes} passes" for sweep in self.sweeps)
         text = (
             f"{sweeps} through {self.num_blocks} blocks, {self.block_runs} runs of a block; hidden states "
-            f"{_size(self.hidden_bytes)}, statistics at most {_size(self.statistics_bytes)} at once"
+            f"{_size(self.hidden_bytes)}, "
         )
+        if self.training_bytes:
+            text += f"weights and optimizer states of a block at most {_size(self.training_bytes)}"
+        else:
+            text += f"statistics at most {_size(self.statistics_bytes)} at once"
         if self.brought_in_bytes:
             text += f", {_size(self.brought_in_bytes)} of offloaded weights brought in"
         return text

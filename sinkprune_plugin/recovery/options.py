@@ -8,12 +8,15 @@ from sinkprune_plugin.errors import UsageError
 
 __all__ = ["RecoveryOptions"]
 
+_DISTILLATION = ("teacher_top_k", "temperature", "elbo_share")
+
 
 class RecoveryOptions(BaseModel):
     """Settings of a recovery; everything that determines its result is here.
 
-    :param method: ``distill`` trains toward the dense model's predictions, ``elbo`` on the text alone
-    :param steps: optimiser steps
+    :param method: ``distill`` trains toward the dense model's predictions, ``elbo`` on the text alone; ``blockwise``
+        fits each block to the dense block's outputs, with the memory of one block
+    :param steps: optimiser steps; of each block with ``blockwise``
     :param batch_size: windows of a step, over all processes
     :param micro_batch_size: windows in a forward pass of one process; None: all of its share
     :param learning_rate: peak of the schedule, which warms up and decays linearly
@@ -38,7 +41,7 @@ class RecoveryOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["distill", "elbo"] = "distill"
+    method: Literal["distill", "elbo", "blockwise"] = "distill"
     steps: int = Field(default=300, ge=1)
     batch_size: int = Field(default=8, ge=1)
     micro_batch_size: int | None = Field(default=None, ge=1)
@@ -60,9 +63,11 @@ class RecoveryOptions(BaseModel):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        if self.method == "elbo" and (self.teacher_top_k or self.temperature != 1.0):
-            given = "teacher_top_k" if self.teacher_top_k else "temperature"
-            raise UsageError(f"{given} belongs to method distill; method elbo has no teacher")
+        foreign = [name for name in _DISTILLATION if getattr(self, name) != type(self).model_fields[name].default]
+        if self.method != "distill" and foreign:
+            raise UsageError(f"{foreign[0]} belongs to method distill, not {self.method}; leave it out")
+        if self.method == "blockwise" and self.train == "lora":
+            raise UsageError("train lora saves memory where method blockwise needs little; drop one of the two")
         if self.teacher_top_k and self.temperature != 1.0:
             raise UsageError(
                 f"temperature {self.temperature:g} needs the teacher's whole distribution, and teacher_top_k "

@@ -1,5 +1,6 @@
 """Recovery from end to end: two checkpoints and windows of text in, a recovered checkpoint out."""
 
+import json
 import math
 import time
 import warnings
@@ -17,7 +18,7 @@ from sinkprune_plugin.loading import load_model
 from sinkprune_plugin.models.decoder_blocks import block_linears, find_decoder_blocks
 from sinkprune_plugin.outputs import check_output, new_directory
 from sinkprune_plugin.recovery.fixed_zeros import FixedZeros
-from sinkprune_plugin.recovery.loss_curve import write_curve
+from sinkprune_plugin.recovery.loss_curve import CURVE_FOLDER, write_curve
 from sinkprune_plugin.recovery.noisy_windows import NoisyWindows, split_windows
 from sinkprune_plugin.recovery.options import RecoveryOptions
 from sinkprune_plugin.recovery.result import check_recoverable, write_result
@@ -34,7 +35,8 @@ class Recovered:
     :param directory: of the recovered model; None if nothing was written
     :param best_step: optimiser steps of the state that was chosen
     :param steps: optimiser steps that were made
-    :param held_out_before: loss on the held-out windows before training, nats per token
+    :param held_out_before: loss on the held-out windows before training, nats per token; with method blockwise the
+        relative error of the blocks' outputs
     :param held_out_after: the same of the chosen state
     :param stopped_because: why it went wrong; None if it didn't
     :param seconds: time taken, without loading
@@ -83,6 +85,8 @@ def recover(
     """
     options = options or RecoveryOptions()
     reader = check_recoverable(pruned)
+    if options.method == "blockwise":
+        return _recover_blockwise(dense, pruned, output, windows, spec, options, reader, use_cpu, overwrite)
     training, held_out = split_windows(
         windows,
         spec,
@@ -128,6 +132,40 @@ def recover(
             f"a state couldn't be saved in {run.states}: {error}; free some space and go on with --resume"
         ) from error
     return _finish(trainer, reader, zeros, output, run, settings, overwrite, time.monotonic() - started)
+
+
+def _recover_blockwise(
+    dense: Path,
+    pruned: Path,
+    output: Path,
+    windows: torch.Tensor,
+    spec: DiffusionSpec,
+    options: RecoveryOptions,
+    reader: CheckpointReader,
+    use_cpu: bool,
+    overwrite: bool,
+) -> Recovered:
+    from sinkprune_plugin.recovery.blockwise import fit_student
+
+    check_output(output, overwrite=overwrite)
+    started = time.monotonic()
+    # Masters are float32 in any case, so the model may wait in its own precision.
+    student = load_model(pruned, "auto")
+    zeros = _fixed_zeros(student, pruned)
+    with new_directory(output, overwrite=overwrite) as directory:
+        blocks = fit_student(student, dense, windows, spec, options, use_cpu=use_cpu)
+        seconds = time.monotonic() - started
+        values = {name: tensor for name, tensor in student.state_dict().items() if name in reader}
+        settings = _settings(dense, pruned, windows, options)
+        write_result(reader, values, zeros, directory, recovery=settings, blocks=blocks)
+        (directory / CURVE_FOLDER).mkdir()
+        summary = {"dense": settings["dense"], "pruned": settings["pruned"], "seconds": round(seconds, 1)}
+        (directory / CURVE_FOLDER / "recovery.json").write_text(
+            json.dumps(summary | {"options": settings["options"], "blocks": blocks}, indent=1) + "\n", encoding="utf-8"
+        )
+    steps = max(block["kept_step"] for block in blocks)
+    before, after = (sum(block[key] for block in blocks) / len(blocks) for key in ("before", "after"))
+    return Recovered(output, steps, options.steps, before, after, None, seconds)
 
 
 def _finish(
@@ -197,12 +235,7 @@ def _student(
     lora = options.train == "lora"
     # Updates of a few in ten thousand vanish in bfloat16: what is trained is float32.
     student: Any = load_model(pruned, "auto" if lora and not arguments.use_cpu else torch.float32)
-    zeros = FixedZeros(student)
-    if not zeros.zeros:
-        warnings.warn(
-            f"{pruned} has no zeros in its decoder blocks, so there are none to keep; all their weights are trained",
-            stacklevel=2,
-        )
+    zeros = _fixed_zeros(student, pruned)
     student.requires_grad_(requires_grad=False)
     if lora:
         from sinkprune_plugin.recovery.masked_lora import add_adapters
@@ -221,6 +254,16 @@ def _student(
                 "be recovered"
             )
     return student, zeros
+
+
+def _fixed_zeros(student: Any, pruned: Path) -> FixedZeros:
+    zeros = FixedZeros(student)
+    if not zeros.zeros:
+        warnings.warn(
+            f"{pruned} has no zeros in its decoder blocks, so there are none to keep; all their weights are trained",
+            stacklevel=2,
+        )
+    return zeros
 
 
 def _teachers(

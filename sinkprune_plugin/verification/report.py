@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinkprune_plugin import __version__
 from sinkprune_plugin.verification.plots import draw_plots
+from sinkprune_plugin.verification.recovered import curve_picture, three_columns
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,17 +19,18 @@ JSON_FILE, HTML_FILE = "report.json", "report.html"
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
 
 
-def write_report(directory: Path, content: dict[str, Any]) -> None:
+def write_report(directory: Path, content: dict[str, Any], recovered: Path | None = None) -> None:
     """Write report.json, the plots and report.html.
 
     :param directory: where they go; the sink plots are there already
     :param content: the report, JSON-serialisable
+    :param recovered: directory of the recovered model, if there is one, for the picture of its training
     """
     plots = draw_plots(directory, content)
     (directory / JSON_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     pictures = {title: _embedded(directory / file) for title, file in plots.items()}
     sinks = {name: _embedded(directory / each["plot"]) for name, each in content["sinks"].items()}
-    (directory / HTML_FILE).write_text(_html(content, pictures, sinks), encoding="utf-8")
+    (directory / HTML_FILE).write_text(_html(content, pictures, sinks, recovered), encoding="utf-8")
 
 
 def _embedded(file: Path) -> str:
@@ -36,7 +38,7 @@ def _embedded(file: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode("ascii")
 
 
-def _html(content: dict[str, Any], pictures: dict[str, str], sinks: dict[str, str]) -> str:
+def _html(content: dict[str, Any], pictures: dict[str, str], sinks: dict[str, str], recovered: Path | None) -> str:
     from jinja2 import Environment, StrictUndefined
 
     # The page shows text written by models: everything is escaped.
@@ -45,7 +47,13 @@ def _html(content: dict[str, Any], pictures: dict[str, str], sinks: dict[str, st
     environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
-        report=content, pictures=pictures, sinks=sinks, headline=headline(content), version=__version__
+        report=content,
+        pictures=pictures,
+        sinks=sinks,
+        headline=headline(content),
+        columns=three_columns(content) if "recovered" in content else [],
+        curve=None if recovered is None else curve_picture(recovered),
+        version=__version__,
     )
 
 
@@ -125,6 +133,13 @@ def print_report(content: dict[str, Any], console: "Console") -> None:
     for row in headline(content):
         table.add_row(*map(Text, row))
     console.print(table)
+    if "recovered" in content:
+        beside = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        for heading in ("", "dense", "pruned", "recovered"):
+            beside.add_column(heading, overflow="fold")
+        for columns in three_columns(content):
+            beside.add_row(*map(Text, columns))
+        console.print(beside)
     for bar in content["bars"]:
         verdict = "reached" if bar["passed"] else "MISSED"
         console.print(f"--{bar['name']} {bar['limit']:g}: {bar['value']:.4g}, {verdict}")

@@ -1,5 +1,6 @@
 """`sinkprune verify`: measure a dense and a pruned model side by side, and write a report of it."""
 
+import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,6 +27,7 @@ from sinkprune_plugin.verification.compatibility import (
     natural_zeros,
 )
 from sinkprune_plugin.verification.perplexity import compare_perplexity
+from sinkprune_plugin.verification.recovered import recovered_section
 from sinkprune_plugin.verification.report import JSON_FILE, SCHEMA_VERSION, write_report
 from sinkprune_plugin.verification.same_kernels import why_not_faster
 from sinkprune_plugin.verification.samples import compare_samples
@@ -55,6 +57,7 @@ class VerifyOptions:
     :param seed: seed of noise and of the choice of text
     :param quick: fewer windows and noise samples, smaller batches and shorter answers
     :param ar_model: an autoregressive model whose sinks are shown for comparison; None for none
+    :param recovered: checkpoint directory of a model recovered from the pruned one, shown beside both
     :param bars: limits that the pruned model must meet
     :param dtype: precision both models are run in; None takes each checkpoint's own
     :param device: where transformers' models run: ``auto`` (the accelerator if there is one), ``cpu``, ``cuda:1``, …
@@ -67,6 +70,7 @@ class VerifyOptions:
     seed: int = 0
     quick: bool = False
     ar_model: str | None = None
+    recovered: Path | None = None
     bars: Bars = field(default_factory=Bars)
     dtype: str | None = None
     device: str = "auto"
@@ -99,6 +103,9 @@ def verify(
     tokenizer, windows = inputs.tokenizer, inputs.windows
     check_checkpoint(pruned)
     spec = check_pair(dense, pruned, inputs.config, tokenizer)
+    if options.recovered is not None:
+        check_checkpoint(options.recovered)
+        check_pair(dense, options.recovered, inputs.config, tokenizer)
     ar_inputs = None
     if options.ar_model is not None:
         ar_inputs = _inputs(options.ar_model, options, windows.shape[1], 2)
@@ -109,18 +116,8 @@ def verify(
 
     with new_directory(output, overwrite=overwrite) as directory:
         settings = SinkSettings(seed=options.seed)
-        sinks = {}
-        names: Sequence[tuple[str, Any]] = [("dense", models[0]), ("pruned", models[1])]
-        for name, model in names:
-            sinks[name] = sink_report(
-                model,
-                spec,
-                windows[: 2 if options.quick else 4],
-                directory / f"sinks-{name}",
-                settings=settings,
-                model_name=f"{_name(dense if name == 'dense' else pruned)} ({name})",
-                batch_size=options.batch_size,
-            )
+        # In a function: the pruned model must not be held by a variable once it isn't needed.
+        sinks = _sinks((dense, pruned), models, spec, windows, directory, settings, options)
         if options.ar_model is not None and ar_inputs is not None:
             sinks["autoregressive"] = sink_report(
                 load_model(options.ar_model, device=device),
@@ -130,29 +127,31 @@ def verify(
                 settings=settings,
                 batch_size=options.batch_size,
             )
-        quality = compare_perplexity(
+        compare_quality = functools.partial(
+            compare_perplexity,
             models[0],
-            models[1],
-            windows,
-            spec,
+            windows=windows,
+            spec=spec,
             num_samples=QUICK_SAMPLES if options.quick else SAMPLES,
             seed=options.seed,
             batch_size=options.batch_size,
             progress=True,
         )
+        quality = compare_quality(models[1])
         # A quarter of the window is the prompt, and an answer at most as long, so that both have room.
         prompts = windows[:, : max(1, windows.shape[1] // 4)]
         answer = min(LONGEST_ANSWER, prompts.shape[1])
-        samples = compare_samples(
+        compare_answers = functools.partial(
+            compare_samples,
             models[0],
-            models[1],
-            tokenizer,
-            prompts[: 2 if options.quick else 4],
-            spec,
+            tokenizer=tokenizer,
+            prompts=prompts[: 2 if options.quick else 4],
+            spec=spec,
             gen_length=answer,
             block_length=min(16, answer),
             progress=True,
         )
+        samples = compare_answers(models[1])
         speed = _speed(dense, pruned, models, spec, prompts, options)
         why = why_not_faster(infos[0], infos[1], options.backend, on_gpu=torch.cuda.is_available())
         content: dict[str, Any] = {
@@ -168,6 +167,16 @@ def verify(
             "speed": {"backend": options.backend, "why_not_faster": why} | asdict(speed),
             "sinks": {name: _sink_summary(report) for name, report in sinks.items()},
         }
+        if options.recovered is not None:
+            # One of the three at a time beside the dense one: a model may have 16 GB.
+            models.pop()
+            models.append(load_model(options.recovered, dtype, device))
+            content["recovered"] = recovered_section(
+                options.recovered,
+                _name(options.recovered),
+                functools.partial(compare_quality, models[1]),
+                functools.partial(compare_answers, models[1]),
+            )
         results = check_bars(options.bars, content)
         content["bars"] = [asdict(result) for result in results]
         content["passed"] = all(result.passed for result in results)
@@ -183,8 +192,31 @@ def verify(
             device=str(device),
             recipe=recipe,
         )
-        write_report(directory, content)
+        write_report(directory, content, options.recovered)
     return read_json(output / JSON_FILE)
+
+
+def _sinks(
+    paths: Sequence[Path],
+    models: Sequence[Any],
+    spec: Any,
+    windows: torch.Tensor,
+    directory: Path,
+    settings: SinkSettings,
+    options: VerifyOptions,
+) -> dict[str, Any]:
+    return {
+        name: sink_report(
+            model,
+            spec,
+            windows[: 2 if options.quick else 4],
+            directory / f"sinks-{name}",
+            settings=settings,
+            model_name=f"{_name(path)} ({name})",
+            batch_size=options.batch_size,
+        )
+        for name, path, model in zip(("dense", "pruned"), paths, models, strict=True)
+    }
 
 
 def _inputs(model_name: str | Path, options: VerifyOptions, seq_len: int | None, count: int) -> Inputs:

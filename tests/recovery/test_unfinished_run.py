@@ -52,8 +52,10 @@ def test_fingerprints_tell_texts_apart():
     [
         ({"steps": 0}, "steps"),
         ({"train": "everything"}, "train"),
-        ({"method": "elbo", "teacher_top_k": 4}, "teacher_top_k belongs to method distill"),
-        ({"method": "elbo", "temperature": 2.0}, "temperature belongs to method distill"),
+        ({"method": "elbo", "teacher_top_k": 4}, "teacher_top_k belongs to method distill, not elbo"),
+        ({"method": "elbo", "temperature": 2.0}, "temperature belongs to method distill, not elbo"),
+        ({"method": "blockwise", "elbo_share": 0.5}, "elbo_share belongs to method distill, not blockwise"),
+        ({"method": "blockwise", "train": "lora"}, "train lora saves memory where method blockwise needs little"),
         ({"temperature": 2.0, "teacher_top_k": 4}, "temperature 2 needs the teacher's whole distribution"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"unknown": 1}, "unknown"),

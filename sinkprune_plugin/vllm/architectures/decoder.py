@@ -1,185 +1,89 @@
-"""What the decoders of LLaDA and Dream have in common as vLLM modules.
-
-The mathematics is that of :mod:`sinkprune_plugin.models`. Whether attention looks in both directions is not decided
-here: the model state tells the attention backend in each step.
-"""
+"""What the models of LLaDA and Dream have in common in vLLM, around the layers of their blocks."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.activation import get_act_and_mul_fn
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import SupportsQuant
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.vllm.tensor_parallel import check_shares
 
-__all__ = ["DenoisingLM", "RotaryAttention", "check_config", "gated_activation", "make_norm", "make_qkv"]
-
-_FUSED_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
+__all__ = ["DenoisingLM", "check_config", "run_block", "run_decoder"]
 
 
-def check_config(config: Any) -> None:
+def check_config(vllm_config: VllmConfig) -> Any:
     """Check that the modules compute what a model's configuration says.
 
-    :param config: ours, as vLLM has changed it
+    :param vllm_config: configuration of the engine
+    :return: the model's configuration, ours, as vLLM has changed it
     :raises UsageError: naming the option that they don't compute
     """
-    config = copy.copy(config)
+    config = vllm_config.model_config.hf_config
+    checked = copy.copy(config)
     # vLLM writes the rotary frequencies into every configuration a second time; type default adds nothing.
-    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "default":
-        config.rope_parameters = None
-    config.check_supported()
+    if (getattr(checked, "rope_parameters", None) or {}).get("rope_type") == "default":
+        checked.rope_parameters = None
+    checked.check_supported()
+    check_shares(checked, vllm_config.parallel_config.tensor_parallel_size)
+    return config
 
 
-class BiasedRMSNorm(RMSNorm):
-    """vLLM's norm with a bias, added after the weight.
+def run_block(
+    hidden_states: torch.Tensor,
+    residual: torch.Tensor | None,
+    *,
+    attention_norm: RMSNorm,
+    attention: Callable[[torch.Tensor], torch.Tensor],
+    mlp_norm: RMSNorm,
+    mlp: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + attention(norm(x)), then x + MLP(norm(x)), with each sum left to the norm that follows it.
 
-    :param size: width of the hidden states
-    :param eps: added to the mean square
+    :param hidden_states: (T, d)
+    :param residual: (T, d), still to be added; None in the first block
+    :param attention_norm: norm before attention
+    :param attention: maps (T, d) to (T, d)
+    :param mlp_norm: norm before the MLP
+    :param mlp: maps (T, d) to (T, d)
+    :return: the MLP's output and the residual, both (T, d)
     """
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__(size, eps=eps)
-        self.bias = nn.Parameter(torch.zeros(size))
-
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-        """See the base class."""
-        if residual is None:
-            return super().forward(x) + self.bias
-        y, residual = super().forward(x, residual)
-        return y + self.bias, residual
+    if residual is None:
+        residual = hidden_states
+        hidden_states = attention_norm(hidden_states)
+    else:
+        hidden_states, residual = attention_norm(hidden_states, residual)
+    hidden_states, residual = mlp_norm(attention(hidden_states), residual)
+    return mlp(hidden_states), residual
 
 
-def make_norm(size: int, eps: float, *, affine: bool = True, bias: bool = False) -> RMSNorm:
-    """A norm; called with a residual it adds that first and returns the sum as well.
+def run_decoder(
+    hidden_states: torch.Tensor, positions: torch.Tensor, *, blocks: nn.ModuleList, norm: RMSNorm
+) -> torch.Tensor:
+    """All blocks and the final norm.
 
-    :param size: width of the hidden states
-    :param eps: added to the mean square
-    :param affine: whether it has a weight
-    :param bias: whether it has a bias; needs ``affine``
-    :return: the module
+    :param hidden_states: (T, d), embedded tokens
+    :param positions: (T,) int64
+    :param blocks: take and give what :func:`run_block` takes and gives
+    :param norm: the final norm
+    :return: (T, d)
     """
-    if affine and bias:
-        return BiasedRMSNorm(size, eps)
-    return RMSNorm(size, eps=eps, has_weight=affine)
+    residual = None
+    for block in blocks:
+        hidden_states, residual = block(positions, hidden_states, residual)
+    hidden_states, _ = norm(hidden_states, residual)
+    return hidden_states
 
 
-class GatedActivation(nn.Module):
-    """act(gate) ⊙ up, for activations that vLLM has no fused kernel for.
-
-    :param act: elementwise function
-    """
-
-    def __init__(self, act: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.act = act
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (T, 2 · hidden), gate and up side by side, to (T, hidden)."""
-        gate, up = x.chunk(2, dim=-1)
-        return self.act(gate) * up
-
-
-def gated_activation(name: str) -> nn.Module:
-    """The activation of a gated MLP.
-
-    :param name: transformers' name of the activation
-    :return: module that maps (T, 2 · hidden) to (T, hidden)
-    :raises UsageError: if there is no activation of that name
-    """
-    if name in _FUSED_ACTIVATIONS:
-        return get_act_and_mul_fn(name)
-    if name not in ACT2FN:
-        raise UsageError(f"activation {name!r} in config.json is unknown to transformers; correct it")
-    return GatedActivation(ACT2FN[name])
-
-
-def make_qkv(
-    vllm_config: VllmConfig, *, heads: int, kv_heads: int, head_dim: int, bias: bool, prefix: str
-) -> QKVParallelLinear:
-    """The three projections before attention as one matrix, split by heads between tensor-parallel ranks.
-
-    :param vllm_config: configuration of the engine
-    :param heads: query heads of the whole model
-    :param kv_heads: key and value heads of the whole model
-    :param head_dim: width of one head
-    :param bias: with a bias
-    :param prefix: the module's full name
-    :return: the module
-    """
-    return QKVParallelLinear(
-        heads * head_dim,
-        head_dim,
-        heads,
-        kv_heads,
-        bias=bias,
-        quant_config=vllm_config.quant_config,
-        prefix=prefix,
-    )
-
-
-class RotaryAttention(Attention):
-    """Rotary embedding and attention of this rank's heads.
-
-    :param vllm_config: configuration of the engine
-    :param qkv: the projection whose output it takes
-    :param theta: base of the rotary frequencies
-    :param full_precision: rotate in float32 whatever the model's dtype
-    :param prefix: the module's full name
-    """
-
-    def __init__(
-        self, vllm_config: VllmConfig, qkv: QKVParallelLinear, *, theta: float, full_precision: bool, prefix: str
-    ) -> None:
-        super().__init__(
-            qkv.num_heads,
-            qkv.head_size,
-            qkv.head_size**-0.5,
-            num_kv_heads=qkv.num_kv_heads,
-            cache_config=vllm_config.cache_config,
-            quant_config=vllm_config.quant_config,
-            prefix=prefix,
-        )
-        self.widths = [qkv.num_heads * qkv.head_size, *[qkv.num_kv_heads * qkv.head_size] * 2]
-        self.full_precision = full_precision
-        model_config = vllm_config.model_config
-        # Shared by all layers: vLLM keeps one table for each set of arguments.
-        self.rotary = get_rope(
-            qkv.head_size,
-            max_position=max(model_config.max_model_len, model_config.hf_config.max_position_embeddings),
-            rope_parameters={"rope_type": "default", "rope_theta": theta},
-            dtype=torch.float32 if full_precision else torch.get_default_dtype(),
-        )
-
-    def attend(self, positions: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
-        """Attention of one layer.
-
-        :param positions: (T,) int64
-        :param qkv: (T, (heads + 2 · kv_heads) · head_dim) of this rank
-        :return: (T, heads · head_dim)
-        """
-        q, k, v = qkv.split(self.widths, dim=-1)
-        if self.full_precision:
-            # Angles are exact in float32 only; the official LLaDA code rotates in it and casts back.
-            rotated_q, rotated_k = self.rotary(positions, q.float(), k.float())
-            q, k = rotated_q.to(v.dtype), rotated_k.to(v.dtype)
-        else:
-            q, k = self.rotary(positions, q, k)
-        return self(q, k, v)
-
-
-class DenoisingLM(nn.Module, SupportsQuant):
+class DenoisingLM(nn.Module, SupportsQuant, ABC):
     """A decoder with its vocabulary projection; subclasses say where the two are and how tensors are named.
 
     ``block_rows``, set by the model state before each step, names the rows whose logits are needed; None for all.
@@ -198,19 +102,19 @@ class DenoisingLM(nn.Module, SupportsQuant):
         return DenoisingModelState
 
     @property
+    @abstractmethod
     def decoder(self) -> nn.Module:
-        """Embedding, decoder layers and final norm."""
-        raise NotImplementedError
+        """Embedding, decoder blocks and final norm."""
 
     @property
+    @abstractmethod
     def embedding(self) -> VocabParallelEmbedding:
         """The embedding table."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def head(self) -> ParallelLMHead:
         """The vocabulary projection."""
-        raise NotImplementedError
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Look tokens up.

@@ -4,20 +4,14 @@ import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
 from sinkprune_plugin.models.dream.configuration_dream import DreamConfig
-from sinkprune_plugin.vllm.architectures.decoder import (
-    DenoisingLM,
-    RotaryAttention,
-    check_config,
-    gated_activation,
-    make_norm,
-    make_qkv,
-)
+from sinkprune_plugin.models.sizes_in_config import BlockSizes, sizes_in_config
+from sinkprune_plugin.vllm.architectures.decoder import DenoisingLM, check_config, run_block, run_decoder
+from sinkprune_plugin.vllm.architectures.layers import BlockLinears, RotaryAttention, gated_activation, make_norm
 
 __all__ = ["DreamModel"]
 
@@ -26,31 +20,19 @@ class DreamAttention(nn.Module):
     """Grouped-query attention; q, k and v have a bias, the output projection has none.
 
     :param vllm_config: configuration of the engine
+    :param make: makes the layer's Linears
     :param prefix: the module's full name
     """
 
-    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(self, vllm_config: VllmConfig, make: BlockLinears, prefix: str) -> None:
         super().__init__()
         config: DreamConfig = vllm_config.model_config.hf_config
-        self.qkv_proj = make_qkv(
-            vllm_config,
-            heads=config.num_attention_heads,
-            kv_heads=config.key_value_heads,
-            head_dim=config.head_dim,
-            bias=True,
-            prefix=f"{prefix}.qkv_proj",
-        )
+        self.qkv_proj = make.qkv(f"{prefix}.qkv_proj", bias=True)
         # The official code rotates in the model's dtype, unlike LLaDA's.
         self.attn = RotaryAttention(
             vllm_config, self.qkv_proj, theta=config.rope_theta, full_precision=False, prefix=f"{prefix}.attn"
         )
-        self.o_proj = RowParallelLinear(
-            config.hidden_size,
-            config.hidden_size,
-            bias=False,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.o_proj",
-        )
+        self.o_proj = make.attention_output(f"{prefix}.o_proj", bias=False)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map (T, hidden_size) to (T, hidden_size).
@@ -66,29 +48,16 @@ class DreamAttention(nn.Module):
 class DreamMLP(nn.Module):
     """down_proj(act(gate_proj x) ⊙ up_proj x).
 
-    :param vllm_config: configuration of the engine
+    :param config: the model's configuration
+    :param make: makes the layer's Linears
     :param prefix: the module's full name
     """
 
-    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(self, config: DreamConfig, make: BlockLinears, prefix: str) -> None:
         super().__init__()
-        config: DreamConfig = vllm_config.model_config.hf_config
-        quant_config = vllm_config.quant_config
-        self.gate_up_proj = MergedColumnParallelLinear(
-            config.hidden_size,
-            [config.intermediate_size] * 2,
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.gate_up_proj",
-        )
+        self.gate_up_proj = make.gate_up(f"{prefix}.gate_up_proj", bias=False)
         self.act_fn = gated_activation(config.hidden_act)
-        self.down_proj = RowParallelLinear(
-            config.intermediate_size,
-            config.hidden_size,
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.down_proj",
-        )
+        self.down_proj = make.mlp_output(f"{prefix}.down_proj", bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map (T, hidden_size) to (T, hidden_size)."""
@@ -101,14 +70,16 @@ class DreamDecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)).
 
     :param vllm_config: configuration of the engine
+    :param sizes: of this layer
     :param prefix: the module's full name
     """
 
-    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(self, vllm_config: VllmConfig, sizes: BlockSizes, prefix: str) -> None:
         super().__init__()
         config: DreamConfig = vllm_config.model_config.hf_config
-        self.self_attn = DreamAttention(vllm_config, f"{prefix}.self_attn")
-        self.mlp = DreamMLP(vllm_config, f"{prefix}.mlp")
+        make = BlockLinears(vllm_config, sizes)
+        self.self_attn = DreamAttention(vllm_config, make, f"{prefix}.self_attn")
+        self.mlp = DreamMLP(config, make, f"{prefix}.mlp")
         self.input_layernorm = make_norm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = make_norm(config.hidden_size, config.rms_norm_eps)
 
@@ -122,14 +93,14 @@ class DreamDecoderLayer(nn.Module):
         :param residual: (T, hidden_size), still to be added; None in the first layer
         :return: the MLP's output and the residual, both (T, hidden_size)
         """
-        if residual is None:
-            residual = hidden_states
-            hidden_states = self.input_layernorm(hidden_states)
-        else:
-            hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        hidden_states = self.self_attn(positions, hidden_states)
-        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states), residual
+        return run_block(
+            hidden_states,
+            residual,
+            attention_norm=self.input_layernorm,
+            attention=lambda x: self.self_attn(positions, x),
+            mlp_norm=self.post_attention_layernorm,
+            mlp=self.mlp,
+        )
 
 
 @support_torch_compile
@@ -150,7 +121,8 @@ class DreamBaseModel(nn.Module):
             prefix=f"{prefix}.embed_tokens",
         )
         self.layers = nn.ModuleList(
-            DreamDecoderLayer(vllm_config, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)
+            DreamDecoderLayer(vllm_config, sizes, f"{prefix}.layers.{i}")
+            for i, sizes in enumerate(sizes_in_config(config))
         )
         self.norm = make_norm(config.hidden_size, config.rms_norm_eps)
 
@@ -162,11 +134,7 @@ class DreamBaseModel(nn.Module):
     ) -> torch.Tensor:
         """Hidden states after the final norm, (T, hidden_size); see :meth:`DenoisingLM.forward`."""
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        residual = None
-        for layer in self.layers:
-            hidden_states, residual = layer(positions, hidden_states, residual)
-        hidden_states, _ = self.norm(hidden_states, residual)
-        return hidden_states
+        return run_decoder(hidden_states, positions, blocks=self.layers, norm=self.norm)
 
 
 class DreamModel(DenoisingLM):
@@ -193,8 +161,7 @@ class DreamModel(DenoisingLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        config: DreamConfig = vllm_config.model_config.hf_config
-        check_config(config)
+        config: DreamConfig = check_config(vllm_config)
         self.model = DreamBaseModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size,

@@ -9,20 +9,14 @@ from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
 from sinkprune_plugin.models.llada.configuration_llada import LLaDAConfig
-from sinkprune_plugin.vllm.architectures.decoder import (
-    DenoisingLM,
-    RotaryAttention,
-    check_config,
-    gated_activation,
-    make_norm,
-    make_qkv,
-)
+from sinkprune_plugin.models.sizes_in_config import BlockSizes, sizes_in_config
+from sinkprune_plugin.vllm.architectures.decoder import DenoisingLM, check_config, run_block, run_decoder
+from sinkprune_plugin.vllm.architectures.layers import BlockLinears, RotaryAttention, gated_activation, make_norm
 
 __all__ = ["LLaDAModelLM", "MMaDAModelLM"]
 
@@ -36,23 +30,17 @@ class LLaDABlock(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)).
 
     :param vllm_config: configuration of the engine
+    :param sizes: of this block
     :param prefix: the module's full name
     """
 
-    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(self, vllm_config: VllmConfig, sizes: BlockSizes, prefix: str) -> None:
         super().__init__()
         config: LLaDAConfig = vllm_config.model_config.hf_config
-        quant_config = vllm_config.quant_config
+        make = BlockLinears(vllm_config, sizes)
         bias, qkv_bias = bool(config.include_bias), bool(config.include_bias or config.include_qkv_bias)
         self.attn_norm = _norm(config)
-        self.qkv_proj = make_qkv(
-            vllm_config,
-            heads=config.n_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            bias=qkv_bias,
-            prefix=f"{prefix}.qkv_proj",
-        )
+        self.qkv_proj = make.qkv(f"{prefix}.qkv_proj", bias=qkv_bias)
         self.attn = RotaryAttention(
             vllm_config,
             self.qkv_proj,
@@ -60,21 +48,11 @@ class LLaDABlock(nn.Module):
             full_precision=config.rope_full_precision,
             prefix=f"{prefix}.attn",
         )
-        self.attn_out = RowParallelLinear(
-            config.d_model, config.d_model, bias=bias, quant_config=quant_config, prefix=f"{prefix}.attn_out"
-        )
+        self.attn_out = make.attention_output(f"{prefix}.attn_out", bias=bias)
         self.ff_norm = _norm(config)
-        self.ff_up_proj = MergedColumnParallelLinear(
-            config.d_model,
-            [config.intermediate_size] * 2,
-            bias=bias,
-            quant_config=quant_config,
-            prefix=f"{prefix}.ff_up_proj",
-        )
+        self.ff_up_proj = make.gate_up(f"{prefix}.ff_up_proj", bias=bias)
         self.act = gated_activation(config.activation_type)
-        self.ff_out = RowParallelLinear(
-            config.intermediate_size, config.d_model, bias=bias, quant_config=quant_config, prefix=f"{prefix}.ff_out"
-        )
+        self.ff_out = make.mlp_output(f"{prefix}.ff_out", bias=bias)
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
@@ -86,17 +64,14 @@ class LLaDABlock(nn.Module):
         :param residual: (T, d_model), still to be added; None in the first block
         :return: the MLP's output and the residual, both (T, d_model)
         """
-        if residual is None:
-            residual = hidden_states
-            hidden_states = self.attn_norm(hidden_states)
-        else:
-            hidden_states, residual = self.attn_norm(hidden_states, residual)
-        qkv, _ = self.qkv_proj(hidden_states)
-        hidden_states, _ = self.attn_out(self.attn.attend(positions, qkv))
-        hidden_states, residual = self.ff_norm(hidden_states, residual)
-        gate_up, _ = self.ff_up_proj(hidden_states)
-        hidden_states, _ = self.ff_out(self.act(gate_up))
-        return hidden_states, residual
+        return run_block(
+            hidden_states,
+            residual,
+            attention_norm=self.attn_norm,
+            attention=lambda x: self.attn_out(self.attn.attend(positions, self.qkv_proj(x)[0]))[0],
+            mlp_norm=self.ff_norm,
+            mlp=lambda x: self.ff_out(self.act(self.ff_up_proj(x)[0]))[0],
+        )
 
 
 @support_torch_compile
@@ -112,7 +87,9 @@ class LLaDATransformer(nn.Module):
         config: LLaDAConfig = vllm_config.model_config.hf_config
         rows, quant_config = config.embedding_rows, vllm_config.quant_config
         self.wte = VocabParallelEmbedding(rows, config.d_model, quant_config=quant_config, prefix=f"{prefix}.wte")
-        self.blocks = nn.ModuleList(LLaDABlock(vllm_config, f"{prefix}.blocks.{i}") for i in range(config.n_layers))
+        self.blocks = nn.ModuleList(
+            LLaDABlock(vllm_config, sizes, f"{prefix}.blocks.{i}") for i, sizes in enumerate(sizes_in_config(config))
+        )
         self.ln_f = _norm(config)
         self.ff_out = ParallelLMHead(
             rows,
@@ -133,11 +110,7 @@ class LLaDATransformer(nn.Module):
     ) -> torch.Tensor:
         """Hidden states after the final norm, (T, d_model); see :meth:`DenoisingLM.forward`."""
         hidden_states = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
-        residual = None
-        for block in self.blocks:
-            hidden_states, residual = block(positions, hidden_states, residual)
-        hidden_states, _ = self.ln_f(hidden_states, residual)
-        return hidden_states
+        return run_decoder(hidden_states, positions, blocks=self.blocks, norm=self.ln_f)
 
 
 class LLaDAModel(nn.Module):
@@ -176,8 +149,7 @@ class LLaDAModelLM(DenoisingLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        config: LLaDAConfig = vllm_config.model_config.hf_config
-        check_config(config)
+        config: LLaDAConfig = check_config(vllm_config)
         self.model = LLaDAModel(vllm_config, maybe_prefix(prefix, "model"))
         self.logits_processor = LogitsProcessor(config.embedding_rows)
 

@@ -1,0 +1,255 @@
+"""Blockwise recovery: after pruning, each decoder block is fitted to the dense model's hidden states, one by one."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.models.decoder_blocks import block_linears, find_decoder_blocks
+from sinkprune_plugin.modifiers import distributed
+from sinkprune_plugin.modifiers.bare_modules import bare_copy, compute_with
+from sinkprune_plugin.modifiers.block_fit import BlockFit, FitOptions, fit_weights
+from sinkprune_plugin.modifiers.calibration import calibration_context
+from sinkprune_plugin.modifiers.fit_plan import FitPlan, PassId, plan_fit
+from sinkprune_plugin.modifiers.hidden_states import Place
+from sinkprune_plugin.modifiers.passes import BlockCall, CalibrationPass, OnloadedBlock, PassEngine
+
+__all__ = ["fit_blocks"]
+
+
+def fit_blocks(
+    model: torch.nn.Module,
+    dense_weights: Mapping[str, torch.Tensor],
+    passes: Sequence[CalibrationPass],
+    timesteps: int,
+    options: FitOptions | None = None,
+    *,
+    dense_blocks: Sequence[torch.nn.Module] | None = None,
+    linears: Collection[str] | None = None,
+    hidden_states: Place = "memory",
+    title: str = "recovering blocks",
+    progress: bool = True,
+) -> list[BlockFit]:
+    """Fit the surviving weights of each decoder block of a pruned model, in place, first to last.
+
+    The inputs are those that the pruned and already fitted blocks before it give, the target is what the dense block
+    gives for the dense model's inputs in the same pass (as in "BRECQ", arXiv 2102.05426, and BESA, arXiv 2402.16880,
+    which reconstruct blocks). No gradient passes from block to block, and one block at a time is trained: the memory is
+    that of one block (:func:`block_fit.state_bytes`) and of the hidden states of both models.
+
+    Zeros of the trained Linears stay as they are, bit for bit. With ``torch.distributed`` each process gives its own
+    passes, and the gradients are summed.
+
+    :param model: the pruned model; may be offloaded with compressed-tensors' caches
+    :param dense_weights: full name → dense weight, read block by block: a mapping of
+        ``formats.load_sparse_checkpoint`` will do
+    :param passes: this process's passes, those of one window (or batch) one after the other
+    :param timesteps: passes of a window, as many for each
+    :param options: how each block is fitted
+    :param dense_blocks: the dense model's blocks where their shapes differ (structured pruning), perhaps on the meta
+        device or as :func:`bare_copy` gives them; None: as the pruned model's
+    :param linears: full names of the Linears to train; None: all in the blocks
+    :param hidden_states: where they wait between two blocks
+    :param title: name of the progress bar
+    :param progress: show it
+    :return: one result for each block
+    :raises UsageError: if a dense weight is missing or has another shape, the model can't be run block by block, or the
+        hidden states don't fit
+    """
+    options = options or FitOptions()
+    blocks_name, blocks = find_decoder_blocks(model)
+    plan, pass_weights = _plan(passes, timesteps, options)
+    recovery = _Recovery(
+        blocks_name,
+        blocks,
+        dense_weights,
+        [bare_copy(block) for block in dense_blocks or blocks],
+        frozenset(linears if linears is not None else block_linears(model)),
+        passes,
+        plan,
+        pass_weights,
+        options,
+    )
+    recovery.check_dense_weights()
+    engine = PassEngine(model, blocks, hidden_states=hidden_states, progress=progress)
+    with calibration_context(model):
+        engine.sweep(
+            passes,
+            recovery.visit,
+            title=title,
+            block_runs=block_runs(plan, len(passes), options) * len(blocks),
+            two_streams=True,
+        )
+    return recovery.results
+
+
+def block_runs(plan: FitPlan, num_passes: int, options: FitOptions) -> int:
+    """Runs of one block on one of this process's passes, at most: by both models, and in training and judging.
+
+    :param plan: steps of all processes
+    :param num_passes: passes of this process
+    :param options: how the block is fitted
+    :return: their number
+    """
+    mine = distributed.rank()
+    trained = sum(rank == mine for step in plan.steps for rank, _ in step)
+    judged = (
+        sum(rank == mine for rank, _ in plan.held_out) * (1 + options.evaluations) if plan.held_out else 2 * num_passes
+    )
+    return 2 * num_passes + trained + judged
+
+
+def _plan(
+    passes: Sequence[CalibrationPass], timesteps: int, options: FitOptions
+) -> tuple[FitPlan, dict[PassId, float]]:
+    if len(passes) % timesteps:
+        raise ValueError(f"{len(passes)} passes are no multiple of {timesteps} timesteps")
+    mine = [each.square_scale * float(each.row_weights.sum()) for each in passes]
+    everywhere = distributed.gather_objects((mine, max(each.shape[0] for each in passes)))
+    plan = plan_fit(
+        [len(weights) // timesteps for weights, _ in everywhere],
+        timesteps,
+        step_passes=max(1, options.step_windows // max(windows for _, windows in everywhere)),
+        epochs=options.epochs,
+        held_out=options.held_out,
+        seed=options.seed,
+    )
+    weights = {
+        (rank, number): weight for rank, (theirs, _) in enumerate(everywhere) for number, weight in enumerate(theirs)
+    }
+    return plan, weights
+
+
+class _Recovery:
+    """What all blocks share; the visitor of the sweep."""
+
+    def __init__(
+        self,
+        blocks_name: str,
+        blocks: torch.nn.ModuleList,
+        dense_weights: Mapping[str, torch.Tensor],
+        dense_blocks: Sequence[torch.nn.Module],
+        linears: frozenset[str],
+        passes: Sequence[CalibrationPass],
+        plan: FitPlan,
+        pass_weights: Mapping[PassId, float],
+        options: FitOptions,
+    ) -> None:
+        self.results: list[BlockFit] = []
+        self._name = blocks_name
+        self._blocks = blocks
+        self._dense_weights = dense_weights
+        self._dense_blocks = dense_blocks
+        self._linears = linears
+        self._passes = passes
+        self._plan = plan
+        self._pass_weights = pass_weights
+        self._options = options
+
+    def check_dense_weights(self) -> None:
+        """Refuse a mapping that lacks weights, before any work."""
+        if len(self._dense_blocks) != len(self._blocks):
+            raise UsageError(
+                f"the dense model has {len(self._dense_blocks)} decoder blocks and the pruned one {len(self._blocks)}; "
+                "name the model that it was pruned from"
+            )
+        for index, block in enumerate(self._dense_blocks):
+            for name, _ in block.named_parameters(prefix=f"{self._name}.{index}"):
+                if name not in self._dense_weights:
+                    raise UsageError(f"the dense model has no {name}; name the model that this one was pruned from")
+
+    def visit(self, block: OnloadedBlock) -> None:
+        """Run the dense block, fit the pruned one to it, pass both outputs on."""
+        module = self._blocks[block.index]
+        # Onloaded once; they stay until the sweep leaves the block.
+        own = dict(module.named_parameters()) | dict(module.named_buffers())
+        self._run_dense(block, own)
+        trained = self._trained(module, f"{self._name}.{block.index}.")
+        example = _Example(block, bare_copy(module), own, self._passes)
+        result, fitted = fit_weights(
+            block.index,
+            example,
+            {name: own[name].detach() for name in trained},
+            frozenset(name for name in trained if own[name].dim() > 1),
+            self._plan,
+            self._pass_weights,
+            self._options,
+            block.progress,
+        )
+        for name, weight in fitted.items():
+            owner, _, attribute = name.rpartition(".")
+            distributed.replace_weight(module.get_submodule(owner), weight, 0, attribute)
+        self.results.append(result)
+        if block.index + 1 < len(self._blocks):
+            with distributed.failing_together():
+                block.run(advance=True)
+
+    def _run_dense(self, block: OnloadedBlock, own: Mapping[str, torch.Tensor]) -> None:
+        bare = self._dense_blocks[block.index]
+        with distributed.failing_together():
+            tensors = self._dense_tensors(bare, block.index, own)
+
+            def compute(call: BlockCall) -> Any:
+                return compute_with(bare, tensors, call.hidden, *call.args, **call.kwargs)
+
+            block.advance_dense(compute)
+
+    def _dense_tensors(
+        self, bare: torch.nn.Module, index: int, own: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        like = next(iter(own.values()))
+        tensors = {}
+        for name, meta in [*bare.named_parameters(), *bare.named_buffers()]:
+            full = f"{self._name}.{index}.{name}"
+            if full in self._dense_weights:
+                tensor = self._dense_weights[full]
+                if tensor.shape != meta.shape:
+                    raise UsageError(
+                        f"{full} is {list(tensor.shape)} in the dense weights, where {list(meta.shape)} is expected; "
+                        "name the model that this one was pruned from"
+                    )
+                tensors[name] = tensor.to(like.device, meta.dtype)
+            else:
+                # Buffers that no checkpoint has, such as tables.
+                tensors[name] = own[name]
+        return tensors
+
+    def _trained(self, module: torch.nn.Module, prefix: str) -> list[str]:
+        names = []
+        for name, child in module.named_modules():
+            linear = isinstance(child, torch.nn.Linear)
+            if (linear and prefix + name in self._linears) or (self._options.train_norms and _is_norm(child)):
+                names += [f"{name}.{parameter}" for parameter, _ in child.named_parameters(recurse=False)]
+        return names
+
+
+def _is_norm(module: torch.nn.Module) -> bool:
+    parameters = [each for each in module._parameters.values() if each is not None]
+    return bool(parameters) and all(each.dim() == 1 for each in parameters)
+
+
+class _Example:
+    def __init__(
+        self,
+        block: OnloadedBlock,
+        bare: torch.nn.Module,
+        own: Mapping[str, torch.Tensor],
+        passes: Sequence[CalibrationPass],
+    ) -> None:
+        self._block = block
+        self._bare = bare
+        self._own = own
+        self._passes = passes
+
+    def predict(self, number: int, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        call = self._block.call(number)
+        output = compute_with(self._bare, {**self._own, **tensors}, call.hidden, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def target(self, number: int) -> torch.Tensor:
+        return self._block.dense_output(number)
+
+    def token_weights(self, number: int) -> torch.Tensor:
+        each = self._passes[number]
+        return each.row_weights * each.square_scale
