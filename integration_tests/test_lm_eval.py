@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from sparse_models import prune_2_of_4
+from unequal_blocks import make_unequal
 
 from sinkprune_plugin.diffusion import resolve_diffusion, sample_generator
 from sinkprune_plugin.errors import UsageError
@@ -157,7 +158,7 @@ def test_a_sparse_checkpoint_is_evaluated_as_it_is(tmp_path, tasks, tokenizer):
 
 @pytest.fixture(scope="module")
 def dream(tmp_path_factory):
-    """A small random Dream with the embedded tokenizer: shifted logits, first and last token kept."""
+    """A small random Dream with the embedded tokenizer: shifted logits, first and last token kept, unequal blocks."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("dream")
@@ -167,7 +168,7 @@ def dream(tmp_path_factory):
         pad_token_id=1,
     )  # fmt: skip
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    make_unequal(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).save_pretrained(folder)
     load_tokenizer(EMBEDDED_MODEL).save_pretrained(folder)
     return folder
 

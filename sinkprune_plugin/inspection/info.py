@@ -1,5 +1,6 @@
 """`sinkprune info`: what is in a checkpoint, from its headers and one tensor at a time."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,7 @@ from sinkprune_plugin.formats.files.stored_weights import SparseWeight
 from sinkprune_plugin.formats.selection import is_embedding
 from sinkprune_plugin.inspection.readers import Reader, Storage, find_readers
 from sinkprune_plugin.inspection.structure import ZeroCount, common_structure, count_zeros, structure_of
+from sinkprune_plugin.models.sizes_in_config import DENSE_KEY, SIZES_KEY, BlockSizes, parse_sizes
 
 __all__ = ["CheckpointInfo", "LayerInfo", "inspect_checkpoint"]
 
@@ -63,6 +65,9 @@ class CheckpointInfo:
     :param file_bytes: size of the weight files
     :param stored_bytes: size of the tensors in them
     :param dense_bytes: size of the same tensors stored dense
+    :param parameters: number of elements of weights and biases, zeros included
+    :param unpruned_parameters: the same before units were removed, as its config says; None if it doesn't
+    :param block_sizes: sizes of each decoder block, where its config lists them; None where all are alike
     :param layers: module name → its weight, for each 2-D ``.weight``
     :param uncounted: tensors that hold weights in a packed form, in which zeros can't be counted
     :param readers: who can load it
@@ -77,6 +82,9 @@ class CheckpointInfo:
     file_bytes: int = 0
     stored_bytes: int = 0
     dense_bytes: int = 0
+    parameters: int = 0
+    unpruned_parameters: int | None = None
+    block_sizes: list[BlockSizes] | None = None
     layers: dict[str, LayerInfo] = field(default_factory=dict)
     uncounted: list[str] = field(default_factory=list)
     readers: list[Reader] = field(default_factory=list)
@@ -118,6 +126,9 @@ class CheckpointInfo:
         - ``files``, ``tensors``: numbers of weight files, and of tensors when dense
         - ``file_bytes``, ``stored_bytes`` (tensors without the files' headers), ``dense_bytes``, ``ratio`` (stored to
           dense)
+        - ``parameters``: elements of weights and biases; ``unpruned_parameters``: before units were removed, or null
+        - ``block_sizes``: null where all decoder blocks are alike, or for each ``mlp_channels``, ``attention_heads``,
+          ``key_value_heads``
         - ``total``: a *summary* of all Linears in decoder blocks
         - ``by_type``: module type → summary
         - ``by_block``: decoder block → module type → summary
@@ -150,6 +161,9 @@ class CheckpointInfo:
             "stored_bytes": self.stored_bytes,
             "dense_bytes": self.dense_bytes,
             "ratio": self.ratio,
+            "parameters": self.parameters,
+            "unpruned_parameters": self.unpruned_parameters,
+            "block_sizes": None if self.block_sizes is None else [sizes.to_json() for sizes in self.block_sizes],
             "total": summary(self.linears),
             "by_type": {name: summary(layers) for name, layers in self.types.items()},
             "by_block": {
@@ -207,6 +221,11 @@ def inspect_checkpoint(path: Path) -> CheckpointInfo:
             file_bytes=sum(file.stat().st_size for file in reader.files),
             stored_bytes=sum(tensor.nbytes for tensor in stored),
             dense_bytes=sum(reader.spec(name).nbytes for name in reader),
+            parameters=sum(
+                math.prod(reader.spec(name).shape) for name in reader if name.endswith((".weight", ".bias"))
+            ),
+            unpruned_parameters=_unpruned_parameters(config),
+            block_sizes=_block_sizes(reader, config),
             readers=find_readers(storage),
         )
         _count_layers(info, reader)
@@ -241,7 +260,19 @@ def _storage(reader: CheckpointReader, config: dict[str, Any]) -> Storage:
         full_names=any(weight.parts["compressed"].name == f"{weight.name}.compressed" for weight in weights),
         float8=any(weight.spec.dtype.startswith("F8") for weight in weights),
         diffusion=_family_name(config) is not None,
+        block_sizes=config.get(SIZES_KEY) is not None,
     )
+
+
+def _block_sizes(reader: CheckpointReader, config: dict[str, Any]) -> list[BlockSizes] | None:
+    stored = config.get(SIZES_KEY)
+    blocks = {_split(name.removesuffix(".weight"))[0] for name in reader} - {None}
+    return None if stored is None else parse_sizes(stored, len(blocks))
+
+
+def _unpruned_parameters(config: dict[str, Any]) -> int | None:
+    number = config.get(DENSE_KEY)
+    return number if type(number) is int and number > 0 else None
 
 
 def _count_layers(info: CheckpointInfo, reader: CheckpointReader) -> None:

@@ -31,6 +31,7 @@ class Storage:
     :param full_names: sparse, with the names used before compressed-tensors 0.9
     :param float8: whether a weight in parts is float8
     :param diffusion: whether the model is of a diffusion family, whose classes are in this package
+    :param block_sizes: whether its config.json has sizes of single blocks, which only this package's classes read
     """
 
     format: CheckpointFormat
@@ -39,6 +40,7 @@ class Storage:
     full_names: bool = False
     float8: bool = False
     diffusion: bool = False
+    block_sizes: bool = False
 
     @property
     def sparse(self) -> bool:
@@ -97,6 +99,10 @@ def _transformers(storage: Storage) -> Reader:
 
 
 def _transformers_alone(storage: Storage) -> Reader:
+    if storage.block_sizes:
+        return Reader(
+            _ALONE, "no", "official code refuses blocks of other sizes than the config's; install this package"
+        )
     if storage.layout == "sinkprune":
         return Reader(_ALONE, "no", "warns and makes new weights; convert to dense")
     if storage.layout == "before-0.9":

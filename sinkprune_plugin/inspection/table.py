@@ -1,6 +1,7 @@
 """What `sinkprune info` prints: compact tables that fit the terminal."""
 
 from collections.abc import Iterator
+from itertools import groupby
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -8,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sinkprune_plugin.inspection.info import CheckpointInfo, LayerInfo, summary
+from sinkprune_plugin.models.sizes_in_config import BlockSizes
 
 __all__ = ["print_info"]
 
@@ -29,6 +31,8 @@ def print_info(info: CheckpointInfo, console: Console) -> None:
     if info.linears:
         tables.append(("Linears in decoder blocks", _by_type(info)))
         tables += _by_block(info, console.width)
+    if info.block_sizes is not None:
+        tables.append(("sizes of decoder blocks", _sizes(info.block_sizes)))
     others = {name: layer for name, layer in info.layers.items() if layer.role != "linear"}
     if others:
         tables.append(("outside of the blocks: not pruned unless named", _not_pruned(others)))
@@ -53,6 +57,11 @@ def _lines(info: CheckpointInfo) -> Iterator[str]:
         f"{info.tensors} tensors in {info.stored_bytes / 1e6:.2f} MB, {info.ratio:.4f} of "
         f"{info.dense_bytes / 1e6:.2f} MB dense"
     )
+    line = f"{info.parameters:,} parameters"
+    if info.unpruned_parameters is not None:
+        share = info.parameters / info.unpruned_parameters
+        line += f", {share:.4f} of the {info.unpruned_parameters:,} before units were removed"
+    yield line
     if info.uncounted:
         more = len(info.uncounted) - 1
         yield f"zeros not counted in packed weights: {info.uncounted[0]}{f' and {more} more' if more else ''}"
@@ -84,6 +93,19 @@ def _row(name: str, layers: list[LayerInfo]) -> tuple[Text, ...]:
         structure += f" ({', '.join(f'{number} × {each}' for each, number in found['structures'].items())})"
     cells = (name, str(len(layers)), f"{found['weights']:,}", f"{found['sparsity']:.4f}", structure)
     return tuple(map(Text, cells))
+
+
+def _sizes(block_sizes: list[BlockSizes]) -> Table:
+    """A row for each run of blocks that are alike."""
+    numbers = ("MLP channels", "attention heads", "key and value heads")
+    table = _table("block", *numbers, numbers=numbers)
+    first = 0
+    for sizes, run in groupby(block_sizes):
+        last = first + len(list(run)) - 1
+        cells = (sizes.mlp_channels, sizes.attention_heads, sizes.key_value_heads)
+        table.add_row(*map(Text, (f"{first}" if first == last else f"{first} to {last}", *map(str, cells))))
+        first = last + 1
+    return table
 
 
 def _by_block(info: CheckpointInfo, width: int) -> Iterator[tuple[str, Table]]:

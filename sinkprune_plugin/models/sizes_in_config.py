@@ -4,7 +4,7 @@ It is there where the ordinary options, which hold for all blocks, can't say wha
 ignores keys that it doesn't know, so an option that names a formula then has a value that it does refuse.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -18,6 +18,7 @@ __all__ = [
     "derived_head_width",
     "mark_formula",
     "ordinary_sizes",
+    "parse_sizes",
     "sizes_in_config",
     "unmark_formula",
 ]
@@ -66,27 +67,38 @@ def sizes_in_config(config: Any) -> list[BlockSizes]:
     """
     ordinary, blocks = ordinary_sizes(config), config.num_hidden_layers
     stored = getattr(config, SIZES_KEY, None)
-    if stored is None:
-        return [ordinary] * blocks
-    if isinstance(stored, str) or not isinstance(stored, Sequence):
+    return [ordinary] * blocks if stored is None else parse_sizes(stored, blocks, ordinary)
+
+
+def parse_sizes(stored: Any, blocks: int, largest: BlockSizes | None = None) -> list[BlockSizes]:
+    """Check the value of ``sinkprune_block_sizes``.
+
+    :param stored: the value, not None
+    :param blocks: number of decoder blocks
+    :param largest: what no block may exceed, if that is known
+    :return: one entry per block
+    :raises UsageError: naming the entry that is wrong
+    """
+    if not isinstance(stored, list | tuple):
         raise _wrong(f"{SIZES_KEY} is of type {type(stored).__name__}; it must be a list, one entry per decoder block")
     if len(stored) != blocks:
         raise _wrong(f"{SIZES_KEY} has {len(stored)} entries for {blocks} decoder blocks")
-    return [_entry(number, entry, ordinary) for number, entry in enumerate(stored)]
+    return [_entry(number, entry, largest) for number, entry in enumerate(stored)]
 
 
-def _entry(number: int, entry: Any, ordinary: BlockSizes) -> BlockSizes:
+def _entry(number: int, entry: Any, largest: BlockSizes | None) -> BlockSizes:
     where = f"{SIZES_KEY}[{number}]"
     names = [field.name for field in fields(BlockSizes)]
     if not isinstance(entry, Mapping) or set(entry) != set(names):
         found = sorted(map(str, entry)) if isinstance(entry, Mapping) else entry
         raise _wrong(f"{where} must have the keys {', '.join(names)}, not {short(repr(found))}")
     for name in names:
-        value, largest = entry[name], getattr(ordinary, name)
+        value = entry[name]
         if type(value) is not int or value < 1:
             raise _wrong(f"{where}.{name} is {short(repr(value))}; it must be a whole number of at least 1")
-        if value > largest:
-            raise _wrong(f"{where}.{name} is {value}, more than the {largest} that the configuration allows any block")
+        most = value if largest is None else getattr(largest, name)
+        if value > most:
+            raise _wrong(f"{where}.{name} is {value}, more than the {most} that the ordinary options allow any block")
     sizes = BlockSizes(**entry)
     if sizes.attention_heads % sizes.key_value_heads:
         raise _wrong(

@@ -1,5 +1,6 @@
 """Whether one checkpoint can have come from the other by pruning."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,9 @@ from sinkprune_plugin.inspection.info import LayerInfo
 from sinkprune_plugin.loading import load_config, load_tokenizer
 
 __all__ = ["check_derived", "check_pair", "check_tokenizers", "memory_bytes", "natural_zeros"]
+
+# The first number in a name counts the decoder blocks.
+_IN_A_BLOCK = re.compile(r"(?:.*?\.)??\d+\.")
 
 
 def check_pair(dense: Path, pruned: Path, config: Any, tokenizer: Any) -> DiffusionSpec:
@@ -40,7 +44,9 @@ def check_pair(dense: Path, pruned: Path, config: Any, tokenizer: Any) -> Diffus
 
 
 def check_derived(dense: Path, pruned: Path) -> None:
-    """Check that both have the same weights by name and shape; quantized ones may have further tensors.
+    """Check that one has the other's weights, except what structured pruning removes; quantized ones may have more.
+
+    That is: decoder blocks at the end of the list (those that stay move up), and rows and columns within blocks.
 
     :param dense: checkpoint directory
     :param pruned: checkpoint directory
@@ -50,13 +56,22 @@ def check_derived(dense: Path, pruned: Path) -> None:
     common = [name for name in first if name in second]
     if not any(name.endswith(".weight") for name in common):
         raise UsageError(f"{dense} and {pruned} have no layer in common; compare a model with one pruned from it")
-    missing = [name for name in first if name.endswith(".weight") and name not in second]
-    if missing:
-        raise UsageError(f"{pruned} has no {missing[0]}, which {dense} has; it isn't derived from that model")
+    stay = {block for name in second if (block := _block(name)) is not None}
+    for name in first:
+        if name.endswith(".weight") and name not in second and not (_block(name) and _block(name) not in stay):
+            raise UsageError(f"{pruned} has no {name}, which {dense} has; it isn't derived from that model")
     for name in common:
         a, b = first.spec(name).shape, second.spec(name).shape
-        if a != b:
+        # Of a unit's Linears some lose rows and the others columns, and none loses both.
+        lost = [before - after for before, after in zip(a, b, strict=False)]
+        smaller = len(a) == len(b) and min(lost, default=0) >= 0 and sum(map(bool, lost)) <= 1
+        if a != b and not (smaller and _block(name) is not None):
             raise UsageError(f"{name} is {list(a)} in {dense} and {list(b)} in {pruned}; they aren't one model")
+
+
+def _block(name: str) -> str | None:
+    match = _IN_A_BLOCK.match(name)
+    return None if match is None else match[0]
 
 
 def check_tokenizers(dense: Any, pruned: Any) -> None:
@@ -82,6 +97,9 @@ def check_tokenizers(dense: Any, pruned: Any) -> None:
 def natural_zeros(dense: Path, pruned: Path, layers: Mapping[str, LayerInfo]) -> dict[str, int]:
     """Zeros that pruning didn't create: those where the dense model has a zero too, by module type.
 
+    None is counted where positions don't correspond: in a weight that has lost rows or columns, and in any weight if
+    blocks were removed.
+
     :param dense: checkpoint directory
     :param pruned: checkpoint directory
     :param layers: module name → its weight, as :func:`~sinkprune_plugin.inspection.info.inspect_checkpoint` found them
@@ -89,9 +107,11 @@ def natural_zeros(dense: Path, pruned: Path, layers: Mapping[str, LayerInfo]) ->
     """
     first, second = load_sparse_checkpoint(dense), load_sparse_checkpoint(pruned)
     counts: Counter[str] = Counter()
+    if {_block(name) for name in first} != {_block(name) for name in second}:
+        return {}
     for module, layer in layers.items():
         name = f"{module}.weight"
-        if layer.role == "linear" and name in first:
+        if layer.role == "linear" and name in first and first.spec(name).shape == second.spec(name).shape:
             counts[layer.type] += int((_is_zero(first, name) & _is_zero(second, name)).sum())
     return dict(counts)
 

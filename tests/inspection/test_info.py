@@ -85,8 +85,9 @@ def test_keys_are_stable(tmp_path):
     assert found["schema"] == 1
     assert [*found] == [
         *("schema", "path", "model_type", "family", "format", "layout", "quantization", "files", "tensors"),
-        *("file_bytes", "stored_bytes", "dense_bytes", "ratio", "total", "by_type", "by_block", "by_layer"),
-        *("uncounted", "readers"),
+        *("file_bytes", "stored_bytes", "dense_bytes", "ratio"),
+        *("parameters", "unpruned_parameters", "block_sizes"),
+        *("total", "by_type", "by_block", "by_layer", "uncounted", "readers"),
     ]
     assert found["by_layer"]["lm_head"].keys() == {
         *("weights", "zeros", "sparsity", "structure", "structures"),
