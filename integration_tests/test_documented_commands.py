@@ -47,6 +47,7 @@ NOT_RUN = {
     "0 1 0 2  -3 0 0 4\n": "a matrix; test_formats_codecs_golden.py has it",
     "0200000000000000 ": "bytes; test_formats_codecs_golden.py has them",
     '{\n  "quant_method": "compressed-tensors-sparse"': "test_formats_config.py has it",
+    '{\n  "block_type": "llama with': "tests/models/test_block_sizes.py builds the model",
 }
 
 # What is replaced or added where it is found, so that a run takes seconds.
