@@ -168,6 +168,8 @@ def test_the_named_recipes_exist():
         "sink_aware_admm",
         "sink_aware_admm_2of4",
         "sink_aware_admm_fp8",
+        "sink_aware_structured",
+        "sink_aware_structured_then_2of4",
         "wanda_as_published",
         "sparsegpt_as_published",
     }

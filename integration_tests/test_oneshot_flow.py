@@ -51,6 +51,7 @@ for recipe in map(Path, {recipes}):
 assert not any(name in globals() for name in ("sinkprune_plugin",))
 """
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+STRUCTURED = [name for name in NAMES if "structured" in name]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def pruned_by_recipe(tmp_path_factory, golden_windows):
     return directory
 
 
-@pytest.mark.parametrize("recipe", NAMES)
+@pytest.mark.parametrize("recipe", [name for name in NAMES if name not in STRUCTURED])
 def test_every_recipe_in_a_script_that_imports_nothing_of_ours(recipe, pruned_by_recipe):
     output, error = pruned_by_recipe / recipe, pruned_by_recipe / f"{recipe}.error"
     assert not error.exists(), error.read_text()
@@ -87,7 +88,11 @@ def test_every_recipe_in_a_script_that_imports_nothing_of_ours(recipe, pruned_by
     assert {name.removesuffix(".weight") for name in tensors.sparse_names} == {
         name.removesuffix(".weight") for name in pruned
     }
-    # The saved recipe equals the original one, and can be used again.
+    assert_same_recipe(recipe, output)
+
+
+def assert_same_recipe(recipe, output):
+    """The saved recipe equals the original one, and can be used again."""
     saved = yaml.safe_load((output / "recipe.yaml").read_text())
     given = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
     (stage,) = given
@@ -99,6 +104,23 @@ def test_every_recipe_in_a_script_that_imports_nothing_of_ours(recipe, pruned_by
 
     again = Recipe.create_instance(str(output / "recipe.yaml"))
     assert again.yaml() == Recipe.create_instance(again.yaml()).yaml()
+
+
+@pytest.mark.parametrize("recipe", STRUCTURED)
+def test_every_structured_recipe_likewise(recipe, pruned_by_recipe):
+    output, error = pruned_by_recipe / recipe, pruned_by_recipe / f"{recipe}.error"
+    assert not error.exists(), error.read_text()
+    assert load_model(output).config.mlp_hidden_size == {"sink_aware_structured": 256}.get(recipe, 360)
+    config = json.loads((output / "config.json").read_text())
+    # The official code reads these and no others: all blocks are alike.
+    assert config["mlp_hidden_size"] < 512
+    assert "sinkprune_block_sizes" not in config
+    tensors = load_sparse_checkpoint(output)
+    assert ("quantization_config" in config) == ("2of4" in recipe)
+    for name, weight in tensors.items():
+        if ".blocks." in name and weight.dim() == 2 and "2of4" in recipe:
+            assert follows(weight.float(), 2, 4), name
+    assert_same_recipe(recipe, output)
 
 
 @pytest.mark.parametrize("cls", ALL)

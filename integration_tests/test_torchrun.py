@@ -28,6 +28,7 @@ from sinkprune_plugin.modifiers.admm import SinkAwareADMMModifier
 from sinkprune_plugin.modifiers.distributed import rank, world_size
 from sinkprune_plugin.modifiers.kept_zeros import KeptZeros
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
+from sinkprune_plugin.modifiers.structured import SinkAwareStructuredModifier
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
 
 if len(sys.argv) > 2:
@@ -59,13 +60,13 @@ update = CPUCache.update_offload
 CPUCache.update_offload = lambda self, offloaded, value: (written.append(1), update(self, offloaded, value))[1]
 
 
-def prune(cls, shuffle, behind=()):
+def prune(cls, shuffle, behind=(), **fields):
     reset_session()
     solved.clear(), written.clear()
     model = load_model(r"{model}", torch.float32)
     # Parallel, since sequential groups have one input each and so nothing to share out.
-    fields = {{"within_block": "parallel", "target": "dense"}} if issubclass(cls, SinkAwareADMMModifier) else {{}}
-    modifier = cls(sparsity=0.5, diffusion_steps=4, sample_interval=2, **fields)
+    parallel = {{"within_block": "parallel", "target": "dense"}} if issubclass(cls, SinkAwareADMMModifier) else {{}}
+    modifier = cls(diffusion_steps=4, sample_interval=2, **(fields or {{"sparsity": 0.5}}), **parallel)
     # Three of four samples: shuffled, each process would draw others if the recipe's seed didn't hold.
     oneshot(model=model, tokenizer=load_tokenizer(r"{model}"), dataset=data, recipe=[modifier, *behind],
             num_calibration_samples=3, max_seq_length=64, shuffle_calibration_samples=shuffle)
@@ -77,6 +78,10 @@ for cls in (SinkAwareWandaModifier, SinkAwareSparseGPTModifier, SinkAwareADMMMod
     name = sys.argv[1] + f"/{{cls.__name__}}-{{rank()}}"
     save_file(weights, name + ".safetensors")
     json.dump([solved, len(written)], open(name + ".json", "w"))
+
+units = {{"mlp_channels": 0.5, "attention_heads": 2, "blocks": 1, "allocation": "search", "search_budget": 20000}}
+weights = prune(SinkAwareStructuredModifier, shuffle=False, **units)
+save_file(weights, sys.argv[1] + f"/SinkAwareStructuredModifier-{{rank()}}.safetensors")
 
 put_back = []
 fill = KeptZeros._fill
@@ -156,6 +161,19 @@ def test_each_weight_is_solved_and_written_by_one_process(modifier, runs):
     assert sorted(first[0] + second[0]) == sorted(alone)
     # The memory is shared, so a second writer would write the same place.
     assert (first[1], second[1]) == (len(first[0]), len(second[0]))
+
+
+def test_two_processes_remove_the_same_units(runs):
+    one = load_file(runs[0] / "SinkAwareStructuredModifier-0.safetensors")
+    first, second = (load_file(runs[1] / f"SinkAwareStructuredModifier-{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(first[key], second[key]) for key in first), "the ranks disagree"
+    assert one.keys() == first.keys()
+    assert max(int(key.split(".")[3]) for key in one if ".blocks." in key) == 4
+    # With the same noise and fitness up to the order of sums.
+    assert {key: value.shape for key, value in one.items()} == {key: value.shape for key, value in first.items()}
+    kept = [(one[key] == first[key]).all(dim=1) for key in one if key.endswith("ff_proj.weight")]
+    # Rows that stay are copies, so one other unit differs in all of them that follow it: few do.
+    assert sum(int(rows.sum()) for rows in kept) / sum(len(rows) for rows in kept) > 0.5
 
 
 def test_one_process_puts_back_the_zeros_that_a_quantizer_filled(runs):

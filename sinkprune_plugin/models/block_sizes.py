@@ -17,7 +17,15 @@ from sinkprune_plugin.models.catalogue import NATIVE_MODELS, Units
 from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
 from sinkprune_plugin.models.sizes_in_config import DENSE_KEY, SIZES_KEY, BlockSizes, ordinary_sizes, sizes_in_config
 
-__all__ = ["BlockSizes", "block_sizes", "keep_units", "remove_blocks", "settle_config", "units_of"]
+__all__ = [
+    "BlockSizes",
+    "block_sizes",
+    "keep_units",
+    "remove_blocks",
+    "require_own_weights",
+    "settle_config",
+    "units_of",
+]
 
 
 def units_of(model: nn.Module) -> Units:
@@ -73,6 +81,22 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
     module = block.get_submodule(name)
     assert isinstance(module, nn.Linear)
     return module
+
+
+def require_own_weights(model: nn.Module) -> None:
+    """Check that no Linear which shares units also shares its weights, before long work.
+
+    :param model: a native model
+    :raises UsageError: naming the Linear
+    """
+    units = units_of(model)
+    name, blocks = find_decoder_blocks(model)
+    parts = (
+        *(*units.channel_rows, units.channel_columns),
+        *(units.head_rows, *units.key_value_rows, units.head_columns),
+    )
+    linears = {f"{index}.{part}": _linear(block, part) for index, block in enumerate(blocks) for part in parts}
+    _refuse_shared(model, linears, name)
 
 
 def keep_units(

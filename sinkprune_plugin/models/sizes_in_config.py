@@ -21,10 +21,20 @@ __all__ = [
     "parse_sizes",
     "sizes_in_config",
     "unmark_formula",
+    "with_sizes",
 ]
 
 SIZES_KEY = "sinkprune_block_sizes"
 DENSE_KEY = "sinkprune_dense_parameters"
+
+# Options that say how large a model is or mark a formula, of all families whose blocks may have sizes of their own.
+_OPTIONS = frozenset(
+    {
+        *("n_layers", "n_heads", "n_kv_heads", "multi_query_attention", "mlp_hidden_size", "block_type"),
+        *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_act"),
+        *("head_dim", SIZES_KEY, DENSE_KEY),
+    }
+)
 
 # Shown by official code as the name of an unknown formula, hence with what to do.
 _MARK = f" with {SIZES_KEY} (load it with sinkprune-plugin)"
@@ -162,3 +172,16 @@ def unmark_formula(value: Any, *, sized: bool) -> Any:
     :param sized: whether the configuration has ``sinkprune_block_sizes``; without it, the mark stays and is refused
     """
     return value.removesuffix(_MARK) if sized and isinstance(value, str) else value
+
+
+def with_sizes(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json from before units were removed, with the sizes from after it.
+
+    :param saved: content of the file
+    :param config: content that the model's configuration would have
+    :return: ``saved`` itself where no units were removed, else a copy with all options that say sizes
+    """
+    if config.get(DENSE_KEY) is None:
+        return saved
+    others = {key: value for key, value in saved.items() if key not in _OPTIONS}
+    return others | {key: value for key, value in config.items() if key in _OPTIONS}

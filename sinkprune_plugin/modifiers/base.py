@@ -4,12 +4,11 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from compressed_tensors.offload import align_module_device, disable_onloading, get_execution_device
-from llmcompressor.core import Event, State, active_session
-from llmcompressor.modifiers import Modifier
+from llmcompressor.core import Event, State
 from llmcompressor.utils.metric_logging import CompressionLogger
 from loguru import logger
 from pydantic import PrivateAttr
@@ -25,10 +24,11 @@ from sinkprune_plugin.modifiers.hidden_states import check_room
 from sinkprune_plugin.modifiers.input_observer import InputObserver
 from sinkprune_plugin.modifiers.kept_zeros import KeptZeros
 from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, PassEngine, Watch
+from sinkprune_plugin.modifiers.recipe_order import blocks_at_its_turn, later_modifiers
 from sinkprune_plugin.modifiers.run_estimate import RunEstimate, SweepPlan, brought_in_bytes, hidden_state_bytes
 from sinkprune_plugin.modifiers.saving import choose_save_format
 from sinkprune_plugin.modifiers.sink_sweep import SinkTally, sweep_attention
-from sinkprune_plugin.modifiers.targets import PruningTarget, resolve_targets, solving_cost
+from sinkprune_plugin.modifiers.targets import PruningTarget, require_prunable_dtype, resolve_targets, solving_cost
 from sinkprune_plugin.modifiers.trajectory import CorruptionSource, TrajectoryCorruption, corrupted_passes
 from sinkprune_plugin.sinks import soft_sink_mask, transient_sink_mask
 
@@ -36,8 +36,6 @@ __all__ = ["SinkAwareModifierBase"]
 
 # From a weight (rows, C) and a sparsity to the pruned weight and its loss.
 Solver = Callable[[torch.Tensor, float], tuple[torch.Tensor, float | None]]
-
-PRUNABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class SinkAwareModifierBase(SinkAwareFields):
@@ -49,6 +47,9 @@ class SinkAwareModifierBase(SinkAwareFields):
 
     Fields: see :class:`SinkAwareFields`.
     """
+
+    # Whether zeros in the weights are the result, which later modifiers must leave alone.
+    _leaves_zeros: ClassVar[bool] = True
 
     _targets: list[PruningTarget] = PrivateAttr(default_factory=list)
     _blocks: torch.nn.ModuleList = PrivateAttr()
@@ -72,26 +73,25 @@ class SinkAwareModifierBase(SinkAwareFields):
         """
         model = state.model
         distributed.use_own_device()
-        self._kept_zeros = KeptZeros(type(self).__name__, self._later_modifiers())
+        self._kept_zeros = KeptZeros(type(self).__name__, later_modifiers(self) if self._leaves_zeros else [])
         if self._corruption is None:
             spec = resolve_diffusion(model.config, mask_token_id=self.mask_token_id)
             self._corruption = TrajectoryCorruption(spec, self.seed, self.noise_eps)
-        self._targets, self._blocks = resolve_targets(model, list(self.targets), self.ignore)
+        self._find_targets(model)
         for target in self._targets:
-            with disable_onloading():
-                dtype = target.module.weight.dtype
-            if dtype not in PRUNABLE_DTYPES:
-                raise UsageError(f"{target.name} has {dtype} weights; prune before quantizing, or add it to `ignore`")
+            require_prunable_dtype(target)
             self._structure.check_columns(target.name, target.module.in_features)
-        if isinstance(self.sparsity, list) and len(self.sparsity) != len(self._blocks):
+        blocks = blocks_at_its_turn(self, len(self._blocks))
+        if isinstance(self.sparsity, list) and len(self.sparsity) != blocks:
             raise UsageError(
-                f"sparsity has {len(self.sparsity)} values, but the model has {len(self._blocks)} decoder blocks; "
+                f"sparsity has {len(self.sparsity)} values, but the model has {blocks} decoder blocks; "
                 "give one value, or one value for each block"
             )
         if state.data.calib is None:
             collect_batches(None)
         if self.allocation != "uniform" and isinstance(self.sparsity, float):
-            values = allocate(self.sparsity, self.allocation, self.allocation_spread, self._targets, len(self._blocks))
+            left = [target for target in self._targets if target.block is None or target.block < blocks]
+            values = allocate(self.sparsity, self.allocation, self.allocation_spread, left, blocks)
             # Plain assignment would run validation again, which refuses the two together.
             self.__dict__.update(sparsity=values, allocation="uniform")
             logger.info(f"{type(self).__name__}: sparsity by block {', '.join(f'{value:.3f}' for value in values)}")
@@ -108,6 +108,8 @@ class SinkAwareModifierBase(SinkAwareFields):
         if self._done:
             return
         started = time.monotonic()
+        # An earlier modifier of the recipe may have removed blocks.
+        self._find_targets(state.model)
         self._batches = collect_batches(state.data.calib, self.seed)
         self._tally = SinkTally(self.sink_persistence)
         engine = PassEngine(
@@ -136,7 +138,7 @@ class SinkAwareModifierBase(SinkAwareFields):
         :raises UsageError: if the targets don't fit the model
         """
         if not self._targets:
-            self._targets, self._blocks = resolve_targets(model, list(self.targets), self.ignore)
+            self._find_targets(model)
         clean = SweepPlan(num_batches, tokens)
         noisy = SweepPlan(num_batches * len(self._grid), tokens * len(self._grid))
         sweeps = self._sweeps(clean, noisy)
@@ -168,10 +170,13 @@ class SinkAwareModifierBase(SinkAwareFields):
         choose_save_format(state.model, self.save_format)
         return True
 
-    def _later_modifiers(self) -> list[Modifier]:
-        modifiers = active_session().lifecycle.recipe.modifiers
-        positions = [index for index, modifier in enumerate(modifiers) if modifier is self]
-        return modifiers[positions[0] + 1 :] if positions else []
+    def _find_targets(self, model: torch.nn.Module) -> None:
+        """Set the Linears to prune and the decoder blocks.
+
+        :param model: model to prune
+        :raises UsageError: if there are none
+        """
+        self._targets, self._blocks = resolve_targets(model, list(self.targets), self.ignore)
 
     # ---- for the subclasses
 

@@ -71,6 +71,11 @@ class HessianModifierBase(SinkAwareModifierBase):
         return values
 
     def _calibrate_and_prune(self, engine: PassEngine) -> None:
+        passes = self._weighted_passes(engine)
+        self._prune_in_one_sweep(engine, passes, propagate=True, two_streams=self.target == "dense")
+
+    def _weighted_passes(self, engine: PassEngine) -> list[CalibrationPass]:
+        """Find the sinks, and give the passes that Hessians are gathered from their final token weights."""
         noisy = self._corrupted_passes()
         masks = self._find_sinks(engine, noisy)
         if self.calibrate_on == "corrupted":
@@ -81,7 +86,7 @@ class HessianModifierBase(SinkAwareModifierBase):
                 for batch, mask in zip(self._batches, masks, strict=True)
             ]
         self._samples = sum(distributed.gather_objects(sum(len(each.row_weights) for each in passes)))
-        self._prune_in_one_sweep(engine, passes, propagate=True, two_streams=self.target == "dense")
+        return passes
 
     def _sweeps(self, clean: SweepPlan, noisy: SweepPlan) -> tuple[SweepPlan, ...]:
         # Sequential: at most as many groups as Linears in a block; which of them share an input shows in the run.

@@ -72,6 +72,19 @@ class KeptZeros:
         if self._puts_back:
             self._handles.append(module.register_forward_pre_hook(lambda module, _args: self._check(module, entry)))
 
+    def follow(self, model: torch.nn.Module) -> None:
+        """Remember the zeros of weights that have become smaller, and forget those that are gone.
+
+        :param model: the model, from which units or blocks have been removed
+        """
+        present = {id(module) for module in model.modules()}
+        self._pruned = [entry for entry in self._pruned if id(entry.module) in present]
+        for entry in self._pruned:
+            with torch.no_grad(), align_module_device(entry.module):
+                weight: Any = entry.module.weight
+                entry.alive = bits.nonzero_bits(weight.contiguous()).cpu()
+                entry.columns, entry.seen = weight.shape[1], None
+
     def finish(self) -> None:
         """Put back all zeros, or warn where a modifier that isn't known here filled them; remove the hooks."""
         for handle in self._handles:

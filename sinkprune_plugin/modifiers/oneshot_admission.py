@@ -2,8 +2,8 @@
 
 ``Oneshot.validate_model`` judges a model by the ``quantization_config`` on disk and refuses every ``quant_method`` but
 ``compressed-tensors``. A model loaded from a sparse checkpoint is dense and was never quantized, so there is nothing
-to refuse. When it saves a model, it takes config.json from where the model came from; the sparsity stated there would
-no longer describe the weights. The modules are handed in by hooks on their import: this package doesn't import
+to refuse. When it saves a model, it takes config.json from where the model came from; sparsity and sizes stated there
+would no longer describe the weights. The modules are handed in by hooks on their import: this package doesn't import
 llm-compressor.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from sinkprune_plugin.formats.files.shard_reader import CONFIG_NAME, read_json
 from sinkprune_plugin.formats.sparsity_config import without_sparsity
+from sinkprune_plugin.models.sizes_in_config import with_sizes
 
 __all__ = ["admit_sparse_models", "correct_saved_config"]
 
@@ -37,7 +38,9 @@ def admit_sparse_models(module: ModuleType) -> None:
 
 
 def correct_saved_config(module: Any) -> None:
-    """Take the sparsity of the source out of the config.json of what is saved, dense as it is. Idempotent.
+    """Make the config.json of what is saved, taken from the source, say what the weights are. Idempotent.
+
+    They are dense, whatever the source was, and structured pruning may have made the model smaller.
 
     :param module: ``llmcompressor.transformers.compression.compressed_tensors_utils``
     """
@@ -50,7 +53,7 @@ def correct_saved_config(module: Any) -> None:
         original(config, save_dir)
         file = Path(save_dir) / CONFIG_NAME
         saved = read_json(file)
-        corrected = without_sparsity(saved)
+        corrected = with_sizes(without_sparsity(saved), config.to_dict())
         if corrected != saved:
             file.write_text(json.dumps(corrected, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -168,6 +168,11 @@ class PassEngine:
         self._as_output: Callable[[torch.Tensor], Any] = _identity
         self._bar = tqdm.tqdm(disable=True)
 
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model."""
+        return self._model
+
     def sweep(
         self,
         passes: Sequence[CalibrationPass],

@@ -26,7 +26,7 @@ from sinkprune_plugin.modifiers.calibration import CalibrationBatch
 from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, PassEngine
 from sinkprune_plugin.modifiers.trajectory import CorruptionSource, corrupted_passes
 
-__all__ = ["PredictionDistance", "ScoredPass", "kept_prediction_bytes", "scored_passes"]
+__all__ = ["Install", "PredictionDistance", "ScoredPass", "kept_prediction_bytes", "scored_passes"]
 
 # Entered around all runs of a decoder block, given by its index: inside it the block computes as the candidate's.
 Install = Callable[[int], contextlib.AbstractContextManager[Any]]

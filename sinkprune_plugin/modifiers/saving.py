@@ -11,7 +11,7 @@ from loguru import logger
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.outputs import check_output, scratch_directory, updated_directory
 
-__all__ = ["choose_save_format"]
+__all__ = ["choose_save_format", "chosen_save_format"]
 
 # Files of an earlier save that would contradict the new weights.
 STALE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
@@ -73,3 +73,13 @@ def choose_save_format(model: Any, save_format: str) -> None:
         current.save_format = save_format
     elif save_format != "dense":
         model.save_pretrained = _SaveFormat(current, save_format)
+
+
+def chosen_save_format(model: Any) -> str | None:
+    """What :func:`choose_save_format` was told last.
+
+    :param model: any model
+    :return: the format, None if it wasn't told anything
+    """
+    current = model.save_pretrained
+    return current.save_format if isinstance(current, _SaveFormat) else None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import match_named_modules
 from loguru import logger
 
@@ -11,7 +12,9 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
 from sinkprune_plugin.modifiers.routed_experts import refuse_routed_experts
 
-__all__ = ["PruningTarget", "resolve_targets", "solving_cost"]
+__all__ = ["PruningTarget", "require_prunable_dtype", "resolve_targets", "solving_cost"]
+
+PRUNABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,18 @@ def _block_index(name: str, blocks_name: str) -> int | None:
     if not name.startswith(prefix):
         return None
     return int(name[len(prefix) :].split(".", 1)[0])
+
+
+def require_prunable_dtype(target: PruningTarget) -> None:
+    """Check that a weight is one that can be computed with.
+
+    :param target: the Linear
+    :raises UsageError: if it is quantized
+    """
+    with disable_onloading():
+        dtype = target.module.weight.dtype
+    if dtype not in PRUNABLE_DTYPES:
+        raise UsageError(f"{target.name} has {dtype} weights; prune before quantizing, or add it to `ignore`")
 
 
 def solving_cost(targets: Sequence[PruningTarget]) -> float:

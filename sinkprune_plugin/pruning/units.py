@@ -12,7 +12,6 @@ was written.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +19,7 @@ import torch
 
 from sinkprune_plugin.errors import UsageError
 
-__all__ = ["Amount", "UnitGroup", "UnitKind", "check_amount", "kept_by_share", "level_widths"]
+__all__ = ["Amount", "UnitGroup", "UnitKind", "check_amount", "level_widths"]
 
 UnitKind = Literal["channels", "heads"]
 
@@ -125,39 +124,6 @@ def check_amount(field: str, amount: Amount) -> None:
         )
 
 
-def kept_by_share(groups: Sequence[UnitGroup], shares: Sequence[float], total: int) -> list[int]:
-    """How many stay in each group, near the given shares and with an exact total.
-
-    :param groups: groups of one kind
-    :param shares: share to remove for each of them
-    :param total: sum of what stays, reachable in steps
-    :return: one number for each group, in its steps, at least one step
-    :raises UsageError: if no numbers have that total
-    """
-    wanted = [group.total * (1.0 - share) for group, share in zip(groups, shares, strict=True)]
-    kept = [
-        max(group.step, min(math.floor(want / group.step) * group.step, _most(group)))
-        for group, want in zip(groups, wanted, strict=True)
-    ]
-    # The largest remainder first; down again where the least that must stay was more than the share.
-    while sum(kept) != total:
-        missing = total - sum(kept)
-        sign = 1 if missing > 0 else -1
-        able = [
-            index
-            for index, group in enumerate(groups)
-            if group.step <= kept[index] + sign * group.step <= _most(group) and group.step <= abs(missing)
-        ]
-        if not able:
-            raise UsageError(
-                f"{groups[0].field}: no widths in steps of {groups[0].step} have {total} {groups[0].noun} in all; take "
-                "a smaller `granularity`"
-            )
-        chosen = max(able, key=lambda index: sign * (wanted[index] - kept[index]))
-        kept[chosen] += sign * groups[chosen].step
-    return kept
-
-
 def level_widths(group: UnitGroup, number: int) -> list[int]:
     """Widths that a search may choose from: evenly spaced from one step to all.
 
@@ -169,10 +135,6 @@ def level_widths(group: UnitGroup, number: int) -> list[int]:
     # From above: few levels should rather leave out the smallest widths.
     spacing = max(1, math.ceil(len(steps) / max(1, number - 1)))
     return [*reversed(list(reversed(steps))[spacing - 1 :: spacing]), group.total]
-
-
-def _most(group: UnitGroup) -> int:
-    return group.total // group.step * group.step
 
 
 def _spread(units: torch.Tensor, each: int) -> torch.Tensor:

@@ -1,10 +1,8 @@
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.pruning.units import UnitGroup, kept_by_share, level_widths
+from sinkprune_plugin.pruning.units import UnitGroup, level_widths
 
 
 def channels(total=512, granularity=8):
@@ -63,32 +61,6 @@ def test_columns_and_members_of_units():
     assert group.members(units).tolist() == [0, 1, 4, 5]
     assert group.columns(units).tolist() == [*range(6), *range(12, 18)]
     assert channels().columns(units).tolist() == [0, 2]
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 12), st.floats(0.0, 0.95)), min_size=1, max_size=6),
-    st.integers(1, 8),
-    st.data(),
-)
-def test_widths_by_share_have_the_exact_total(blocks, granularity, data):
-    groups = [channels(steps * granularity, granularity) for steps, _ in blocks]
-    shares = [share for _, share in blocks]
-    steps = data.draw(st.integers(len(groups), sum(steps for steps, _ in blocks)))
-    kept = kept_by_share(groups, shares, steps * granularity)
-    assert sum(kept) == steps * granularity
-    assert all(
-        width % granularity == 0 and 1 <= width <= group.total for width, group in zip(kept, groups, strict=True)
-    )
-
-
-def test_widths_by_share_are_those_of_the_shares_where_these_fit():
-    groups = [channels()] * 3
-    assert kept_by_share(groups, [0.25, 0.5, 0.75], 3 * 256) == [384, 256, 128]
-
-
-def test_widths_that_have_no_such_total():
-    with pytest.raises(UsageError, match=r"no widths in steps of 8 have 100 channels in all; take a smaller `granul"):
-        kept_by_share([channels()] * 2, [0.9, 0.9], 100)
 
 
 @pytest.mark.parametrize(

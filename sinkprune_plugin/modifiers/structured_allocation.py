@@ -1,0 +1,248 @@
+"""Widths that differ from block to block: by the rise of the output errors, or by search under a budget."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import tqdm
+from compressed_tensors.offload import align_module_device, get_execution_device
+from loguru import logger
+from pydantic import PrivateAttr
+
+from sinkprune_plugin.diffusion import resolve_diffusion
+from sinkprune_plugin.modifiers import distributed
+from sinkprune_plugin.modifiers.block_influence import skipped
+from sinkprune_plugin.modifiers.input_observer import InputObserver
+from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, PassEngine
+from sinkprune_plugin.modifiers.prediction_distance import PredictionDistance, scored_passes
+from sinkprune_plugin.modifiers.replaced_forward import forward_replaced
+from sinkprune_plugin.modifiers.structured_fields import StructuredFields
+from sinkprune_plugin.modifiers.targets import solving_cost
+from sinkprune_plugin.modifiers.unit_costs import UnitCosts, count_costs, time_costs
+from sinkprune_plugin.modifiers.unit_targets import FIELDS, UnitTarget
+from sinkprune_plugin.pruning.evolution import Candidate, SearchOptions, SearchSpace, Stage, search
+from sinkprune_plugin.pruning.hessian import prepare_hessian
+from sinkprune_plugin.pruning.unit_budget import (
+    GroupLevels,
+    cheapest_in_error,
+    drop_dominated,
+    space_of,
+    uniform_candidate,
+)
+from sinkprune_plugin.pruning.unit_removal import SolvedLevels, solve_levels
+from sinkprune_plugin.pruning.units import level_widths
+
+__all__ = ["StructuredAllocation"]
+
+# A round of the search: so many new candidates, of which the best go on to the next stage with more tokens; the last
+# stage measures two of them and the best so far. A stage gets a share of the last one's tokens, and the budget lasts
+# for so many rounds, or more where the calibration passes have fewer tokens.
+OFFSPRING, SECOND, LAST = 16, 4, 2
+FIRST_SHARE, SECOND_SHARE = 8, 2
+ROUNDS = 24
+
+
+class StructuredAllocation(StructuredFields):
+    """Chooses the widths for ``allocation: error`` and ``search``."""
+
+    _units: list[UnitTarget] = PrivateAttr(default_factory=list)
+    # By the Linear that reads the units: how many channels or heads stay.
+    _widths: dict[str, int] = PrivateAttr(default_factory=dict)
+    _gone: list[int] = PrivateAttr(default_factory=list)
+
+    def _distance(self, engine: PassEngine) -> PredictionDistance:
+        assert self._corruption is not None  # set in on_initialize
+        spec = resolve_diffusion(engine.model.config, mask_token_id=self.mask_token_id)
+        passes = scored_passes(self._batches, self._grid, self._corruption, spec, self.noise_eps)
+        return PredictionDistance(engine.model, self._blocks, passes, spec, hidden_states=self.hidden_states)
+
+    def _choose_widths(self, engine: PassEngine, passes: Sequence[CalibrationPass]) -> None:
+        """Set the width of every group of units, and put them into the fields, which the saved recipe has.
+
+        :param engine: the engine
+        :param passes: passes with their final token weights
+        :raises UsageError: if the budget can't be met
+        """
+        units = [unit for unit in self._units if unit.block not in self._gone]
+        widths = {unit.name: self._level_widths(unit) for unit in units}
+        costs = self._costs(engine.model, units, widths)
+        what = self.budget_of if self._ratio is not None else "parameters"
+        if self._ratio is not None:
+            budget = costs.whole / self._ratio
+        else:
+            budget = costs.fixed + sum(costs.widths[unit.name][self._widths[unit.name]] for unit in units)
+        # Before the long part: without the errors it is known whether the budget can be met.
+        space_of([_levels(unit, costs, None) for unit in units], budget, costs.fixed, costs.whole, what)
+        solved = self._solve_all_levels(engine, passes, units, widths)
+        groups = [_levels(unit, costs, solved[unit.name]) for unit in units]
+        space = space_of(groups, budget, costs.fixed, costs.whole, what)
+        found = cheapest_in_error(space, groups, self.seed)
+        if self.allocation == "search":
+            start = [uniform_candidate(space, groups, self.seed), found]
+            found = self._search(engine, space, start, [*zip(units, groups, strict=True)], widths, solved)
+        chosen = zip(units, groups, found, strict=True)
+        self._widths |= {unit.name: group.widths[level] for unit, group, level in chosen}
+        ratio = costs.whole / (costs.fixed + space.cost(found))
+        logger.info(f"{type(self).__name__}: widths chosen by {self.allocation}, {ratio:.2f}x of {what}")
+        self._fix_widths()
+
+    def _level_widths(self, unit: UnitTarget) -> list[int]:
+        if self.allocation == "error":
+            # Errors of all widths come with the order of removal.
+            return level_widths(unit.group, unit.group.units)
+        return sorted({*level_widths(unit.group, self.levels), self._widths[unit.name]})
+
+    def _costs(
+        self, model: torch.nn.Module, units: Sequence[UnitTarget], widths: Mapping[str, Sequence[int]]
+    ) -> UnitCosts:
+        tokens = max(batch.input_ids.shape[1] for batch in self._batches)
+        if self._ratio is not None and self.budget_of == "latency":
+            return time_costs(
+                model, self._blocks, units, widths, self._gone, batch_size=self.latency_batch_size, tokens=tokens
+            )
+        counts_flops = self._ratio is not None and self.budget_of == "flops"
+        return count_costs(model, units, widths, self._gone, tokens=tokens if counts_flops else None)
+
+    def _fix_widths(self) -> None:
+        """Make the fields say what was chosen, so that the saved recipe repeats it."""
+        removed: dict[str, list[Any]] = {name: [0] * len(self._blocks) for name in FIELDS.values()}
+        for unit in self._units:
+            removed[FIELDS[unit.kind]][unit.block] = unit.group.total - self._widths[unit.name]
+        # Plain assignment would run validation again, which refuses some of them together on the way.
+        self.__dict__.update({name: each if any(each) else 0 for name, each in removed.items()})
+        self.__dict__.update(allocation="uniform", budget=None)
+
+    # ---- all levels of all groups
+
+    def _solve_all_levels(
+        self,
+        engine: PassEngine,
+        passes: Sequence[CalibrationPass],
+        units: Sequence[UnitTarget],
+        widths: Mapping[str, Sequence[int]],
+    ) -> dict[str, SolvedLevels]:
+        """Solve every group of units at all its widths on the dense model's inputs; weights stay as they are."""
+        solved: dict[str, SolvedLevels] = {}
+
+        def visit(block: OnloadedBlock) -> None:
+            here = [unit for unit in units if unit.block == block.index]
+            observer = InputObserver([unit.target for unit in here], self._observe)
+            with distributed.failing_together():
+                handles = observer.attach(self.register_hook)
+                block.run(observer.watching, advance=True)
+                self.remove_hooks(handles)
+                observer.require_reached()
+                self._finite.require()
+            statistics = {unit.name: self._take_statistics(unit.name) for unit in here}
+            owners = distributed.assign_owners(
+                [unit.name for unit in here], lambda name: solving_cost([_named(here, name).target])
+            )
+            for unit in here:
+                for tensor in statistics[unit.name]:
+                    distributed.reduce_to_owner(tensor, owners[unit.name])
+            mine: dict[str, SolvedLevels] = {}
+            with distributed.failing_together(), torch.no_grad():
+                for unit in here:
+                    taken = statistics.pop(unit.name)
+                    if owners[unit.name] == distributed.rank():
+                        mine[unit.name] = self._solve_group(unit, taken, widths[unit.name])
+            for part in distributed.gather_objects(mine):
+                solved.update(part)
+
+        engine.sweep(
+            passes, visit, title=self._title("levels of every block"), block_runs=len(passes) * len(self._blocks)
+        )
+        return solved
+
+    def _solve_group(self, unit: UnitTarget, statistics: list[torch.Tensor], widths: Sequence[int]) -> SolvedLevels:
+        module = unit.target.module
+        H, _ = self._second_moments(statistics, torch.device(get_execution_device(module)))
+        hessian = prepare_hessian(H, self.dampening_frac, unit.name, invertible=self.score == "obs")
+        with align_module_device(module):
+            W = module.weight.detach()
+            return solve_levels(
+                W,
+                hessian,
+                unit.group,
+                widths,
+                self.score,
+                compensate=self.compensate,
+                fixed_zeros=self._fixed_zeros(W),
+                with_weights=self.allocation == "search",
+            )
+
+    # ---- search
+
+    def _search(
+        self,
+        engine: PassEngine,
+        space: SearchSpace,
+        start: Sequence[Candidate],
+        groups: Sequence[tuple[UnitTarget, GroupLevels]],
+        widths: Mapping[str, Sequence[int]],
+        solved: Mapping[str, SolvedLevels],
+    ) -> Candidate:
+        """The widths with the least divergence from the dense model's predictions along the trajectory."""
+        distance = self._distance(engine)
+        options = search_options(self.search_budget, distance.tokens, self.seed)
+        by_block: dict[int, list[int]] = {}
+        for index, (unit, _) in enumerate(groups):
+            by_block.setdefault(unit.block, []).append(index)
+
+        @contextlib.contextmanager
+        def install(block: int, candidate: Candidate) -> Iterator[None]:
+            if block in self._gone:
+                with skipped(self._blocks[block]):
+                    yield
+                return
+            replaced = []
+            for index in by_block.get(block, []):
+                unit, group = groups[index]
+                width = group.widths[candidate[index]]
+                if width < unit.group.total:
+                    level = widths[unit.name].index(width)
+                    levels = solved[unit.name]
+                    replaced.append((unit.target.module, _reading(unit.target.module, levels, level)))
+            with forward_replaced(replaced):
+                yield
+
+        total = options.rounds * options.round_tokens
+        quiet = distributed.rank() != 0
+        title = self._title("search")
+        with tqdm.tqdm(desc=title, total=total, unit="token", unit_scale=True, smoothing=0, disable=quiet) as bar:
+
+            def fitness(candidate: Candidate, tokens: int, number: int) -> float:
+                bar.update(tokens)
+                return distance.measure(lambda block: install(block, candidate), tokens, number)
+
+            return search(space, fitness, options, start=start).best
+
+
+def search_options(budget: int, available: int, seed: int) -> SearchOptions:
+    per_token = OFFSPRING / FIRST_SHARE + SECOND / SECOND_SHARE + LAST + 1
+    last = max(min(int(budget / ROUNDS / per_token), available), 1)
+    stages = (
+        Stage(max(last // FIRST_SHARE, 1), SECOND),
+        Stage(max(last // SECOND_SHARE, 1), LAST),
+        Stage(last, 1),
+    )
+    return SearchOptions(budget, OFFSPRING, stages, seed)
+
+
+def _named(units: Sequence[UnitTarget], name: str) -> UnitTarget:
+    return next(unit for unit in units if unit.name == name)
+
+
+def _levels(unit: UnitTarget, costs: UnitCosts, solved: SolvedLevels | None) -> GroupLevels:
+    of_width = costs.widths[unit.name]
+    errors = (0.0,) * len(of_width) if solved is None else solved.errors
+    return drop_dominated(GroupLevels(tuple(of_width), errors, tuple(of_width.values())))
+
+
+def _reading(module: torch.nn.Linear, levels: SolvedLevels, level: int) -> Any:
+    """The forward of a Linear that reads the units which stay at a level."""
+    device = get_execution_device(module)
+    columns, weight = levels.columns[level].to(device), levels.weights[level].to(device)
+    return lambda input: F.linear(input.index_select(-1, columns), weight, module.bias)
