@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import yaml
 from golden_data import GOLDEN
 from llmcompressor import oneshot
+from llmcompressor.core import reset_session
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
@@ -19,6 +20,7 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
 from sinkprune_plugin.models.block_sizes import block_sizes, units_of
 from sinkprune_plugin.models.decoder_blocks import block_linears, find_decoder_blocks
+from sinkprune_plugin.modifiers import structured_allocation
 from sinkprune_plugin.modifiers.admm import SinkAwareADMMModifier
 from sinkprune_plugin.modifiers.oneshot_flow import calibration_dataset, run_oneshot
 from sinkprune_plugin.modifiers.structured import SinkAwareStructuredModifier
@@ -227,6 +229,11 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_solved(model, token
     with pytest.raises(
         UsageError, match=r"budget of 9x of parameters is out of reach: with the smallest widths it is 2\."
     ):
+        run_oneshot(model, tokenizer, modifier, golden_windows[:1, :96])
+    monkeypatch.setattr(structured_allocation, "MEMORY_SHARE", 1e-6)
+    modifier = structured(allocation="search", budget="1.5x", budget_of="parameters")
+    reset_session()
+    with pytest.raises(UsageError, match=r"widths that the search chooses from take 0\.0 GB .*lower `levels`"):
         run_oneshot(model, tokenizer, modifier, golden_windows[:1, :96])
     assert set(widths(model)) == {(512, 6)}
 

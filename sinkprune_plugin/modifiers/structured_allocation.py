@@ -4,16 +4,19 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 import tqdm
-from compressed_tensors.offload import align_module_device, get_execution_device
+from compressed_tensors.offload import align_module_device, disable_onloading, get_execution_device
 from loguru import logger
 from pydantic import PrivateAttr
 
 from sinkprune_plugin.diffusion import resolve_diffusion
+from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.block_influence import skipped
+from sinkprune_plugin.modifiers.hidden_states import MEMORY_SHARE
 from sinkprune_plugin.modifiers.input_observer import InputObserver
 from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, PassEngine
 from sinkprune_plugin.modifiers.prediction_distance import PredictionDistance, scored_passes
@@ -75,6 +78,8 @@ class StructuredAllocation(StructuredFields):
             budget = costs.fixed + sum(costs.widths[unit.name][self._widths[unit.name]] for unit in units)
         # Before the long part: without the errors it is known whether the budget can be met.
         space_of([_levels(unit, costs, None) for unit in units], budget, costs.fixed, costs.whole, what)
+        if self.allocation == "search":
+            _check_memory(units, widths)
         solved = self._solve_all_levels(engine, passes, units, widths)
         groups = [_levels(unit, costs, solved[unit.name]) for unit in units]
         space = space_of(groups, budget, costs.fixed, costs.whole, what)
@@ -229,6 +234,20 @@ def search_options(budget: int, available: int, seed: int) -> SearchOptions:
         Stage(last, 1),
     )
     return SearchOptions(budget, OFFSPRING, stages, seed)
+
+
+def _check_memory(units: Sequence[UnitTarget], widths: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a database that doesn't fit, before anything is solved."""
+    with disable_onloading():
+        needed = sum(
+            unit.target.module.weight[:, : unit.group.columns_each].nbytes * sum(widths[unit.name]) for unit in units
+        )
+    free = int(MEMORY_SHARE * psutil.virtual_memory().available)
+    if needed > free:
+        raise UsageError(
+            f"the weights of all widths that the search chooses from take {needed / 1e9:.1f} GB and main memory has "
+            f"{free / 1e9:.1f} GB free; lower `levels`, or use `allocation: error`, which keeps none"
+        )
 
 
 def _named(units: Sequence[UnitTarget], name: str) -> UnitTarget:
