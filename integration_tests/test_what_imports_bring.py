@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from checkpoint_files import LEGACY
 
 
@@ -45,3 +46,16 @@ def test_importing_the_model_rooms_imports_no_torch():
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_serving_needs_no_llm_compressor():
+    """vLLM asks for compressed-tensors itself, of the release that it was made with."""
+    pytest.importorskip("vllm", reason="vLLM isn't installed")
+    script = (
+        "import sys\n"
+        "from sinkprune_plugin.vllm.register import register\n"
+        "register()\n"
+        "print(sorted(name for name in sys.modules if name.split('.')[0] == 'llmcompressor'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr

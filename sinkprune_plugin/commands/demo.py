@@ -18,7 +18,7 @@ from sinkprune_plugin.diffusion import elbo_perplexity
 from sinkprune_plugin.inspection.info import inspect_checkpoint
 from sinkprune_plugin.inspection.structure import ZeroCount
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
-from sinkprune_plugin.modifiers import load_oneshot_flow
+from sinkprune_plugin.modifiers import check_llmcompressor, load_oneshot_flow
 from sinkprune_plugin.outputs import check_output, new_directory
 from sinkprune_plugin.provenance import write_provenance
 from sinkprune_plugin.steps import quiet_steps
@@ -70,6 +70,7 @@ def run_demo(
     :param verbose: show what llm-compressor and transformers say and their progress bars
     :return: the rows of the table, dense first
     """
+    check_llmcompressor()
     check_output(output, overwrite=overwrite)
     with quiet_steps(verbose=verbose) as steps, new_directory(output, overwrite=overwrite) as directory:
         with steps.step("dense: measuring the embedded model"):

@@ -9,7 +9,7 @@ from sinkprune_plugin.devices import choose_device
 from sinkprune_plugin.errors import UsageError, reason_of, short
 from sinkprune_plugin.inputs import load_inputs
 from sinkprune_plugin.loading import load_model
-from sinkprune_plugin.modifiers import load_oneshot_flow
+from sinkprune_plugin.modifiers import check_llmcompressor, load_oneshot_flow
 from sinkprune_plugin.outputs import check_output, new_directory
 from sinkprune_plugin.provenance import write_provenance
 from sinkprune_plugin.recipe_files import RECIPE_FILE, read_recipe
@@ -53,6 +53,7 @@ def prune(
     :return: the output directory
     :raises UsageError: on wrong input; nothing is written then
     """
+    check_llmcompressor()
     text, content = read_recipe(recipe)
     place = choose_device(device)
     # Around all of the work: a result whose place was taken meanwhile is kept next to it.

@@ -60,12 +60,17 @@ class CompressedTensorsConfig(stock.CompressedTensorsConfig):
                 "quantization_config has a transform_config next to its sparsity_config, which can't be loaded without "
                 "a quantization; load it with the tool that wrote it and save it dense"
             )
-        options["quant_method"] = LEGACY_METHOD
-        super().__init__(**options)
-        self.quant_method = _STACKED_METHOD if self.stacked else QUANT_METHOD
-        if not self.stacked:
-            # transformers calls this dequantized: the loaded model keeps neither quantizer nor config.
-            self.dequantize = True
+        if self.stacked:
+            options["quant_method"] = LEGACY_METHOD
+            super().__init__(**options)
+            self.quant_method = _STACKED_METHOD
+            return
+        # The base class asks for compressed-tensors, which only a quantization needs.
+        self.quant_method = QUANT_METHOD
+        self.quantization_config = None
+        self.use_optimized_inference = False
+        # transformers calls this dequantized: the loaded model keeps neither quantizer nor config.
+        self.dequantize = True
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Options a caller may override; see the base class."""
