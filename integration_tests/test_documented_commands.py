@@ -34,6 +34,7 @@ from sinkprune_plugin.text_windows import embedded_text
 # Beginning of an example's text → why it isn't run here.
 NOT_RUN = {
     "git clone": "needs a network",
+    "pip install 'sinkprune-plugin[vllm]'": "gigabytes; test_requirements.py lets pip resolve both (make test-install)",
     ".venv/bin/pre-commit install": "writes into the repository",
     'from llmcompressor import oneshot\n\noneshot(\n    model="GSAI-ML': "test_oneshot_data.py runs it as printed",
     "sinkprune serve demo-output": "test_vllm_server.py runs it as printed",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.formats import load_sparse_checkpoint
+from sinkprune_plugin.formats import convert_checkpoint, load_sparse_checkpoint
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
 from sinkprune_plugin.modifiers.oneshot_flow import calibration_dataset, run_oneshot
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
@@ -63,6 +63,8 @@ def test_each_save_format_reloads_bit_for_bit(structure, save_format, written, m
     reader = load_sparse_checkpoint(saved)
     assert reader.format == written
     assert len(reader.sparse_names) == (0 if written == "dense" else 42)
+    if written == "dense":
+        check_stock_readers_take(saved)
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
     same_state(model, AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32))
 
@@ -133,6 +135,10 @@ def test_with_a_quantizer_stacked(
     assert config["config_groups"]["group_0"]["weights"]["num_bits"] == 8
     assert config["format"] == {torch.int8: "int-quantized", torch.float8_e4m3fn: "float-quantized"}[quantized]
     assert config["quant_method"] == ("compressed-tensors" if written == "dense" else "compressed-tensors-sparse")
+    if written == "dense":
+        check_stock_readers_take(saved)
+    else:
+        check_stock_readers_take(convert_checkpoint(saved, tmp_path / "converted", "dense", progress=False).directory)
     if written == "dense" and save_format == "auto":
         assert any("stored dense" in line and "2:4" in line for line in caplog_loguru)
     ids = windows[:1]
@@ -141,6 +147,14 @@ def test_with_a_quantizer_stacked(
         expected, found = model(input_ids=ids).logits, loaded(input_ids=ids).logits
     # The same int8/fp8 weights and scales; only the order of scaling and rounding activations may differ.
     assert float((expected - found).abs().max()) <= 0.02 * float(expected.abs().max())
+
+
+def check_stock_readers_take(saved):
+    """vLLM since 0.19 and transformers on its own refuse or mistake a checkpoint with a ``sparsity_config``."""
+    config = json.loads((saved / "config.json").read_text())
+    assert "compression_config" not in config
+    assert "sparsity_config" not in config
+    assert not config.get("quantization_config", {}).get("sparsity_config")
 
 
 @pytest.fixture
