@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def measure(name: str, directory: Path, folder: Path, arguments: argparse.Namesp
     total = sum(parameter.numel() for parameter in dense.parameters())
     chosen = [variant for variant in VARIANTS if not arguments.variants or variant in arguments.variants]
     rows = []
-    dense_engines: dict[int, Sampler] = {}
+    dense_engine: Sampler | None = None
     for variant in chosen:
         model = load_model(directory, torch.float32)
         VARIANTS[variant](model)
@@ -107,14 +107,14 @@ def measure(name: str, directory: Path, folder: Path, arguments: argparse.Namesp
             largest = workload(name, max(arguments.batches), "none", 0)
             if backend == "vllm":
                 # One engine of the dense model serves all comparisons.
-                if 0 not in dense_engines:
-                    dense_engines[0] = vllm_sampler(directory, largest, dtype)
-                sides = [dense_engines[0], vllm_sampler(path, largest, dtype)]
+                if dense_engine is None:
+                    dense_engine = vllm_sampler(directory, largest, dtype, skip_tokenizer_init=True)
+                sides = [dense_engine, vllm_sampler(path, largest, dtype, skip_tokenizer_init=True)]
             else:
                 sides = [transformers_sampler(each, resolve_diffusion(each.config)) for each in (dense, model)]
             for batch in arguments.batches:
                 for cache in arguments.caches:
-                    work = replace(workload(name, batch, cache, arguments.seconds))
+                    work = workload(name, batch, cache, arguments.seconds)
                     compared = compare_speed(sides[0], sides[1], work, progress=True)
                     rows.append(row(name, variant, backend, parameters / total, compared))
             del sides

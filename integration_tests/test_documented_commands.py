@@ -35,6 +35,7 @@ from sinkprune_plugin.text_windows import embedded_text
 NOT_RUN = {
     "git clone": "needs a network",
     "pip install 'sinkprune-plugin[vllm]'": "gigabytes; test_requirements.py lets pip resolve both (make test-install)",
+    "pip install 'sinkprune-plugin[prune]'": "the same",
     ".venv/bin/pre-commit install": "writes into the repository",
     'from llmcompressor import oneshot\n\noneshot(\n    model="GSAI-ML': "test_oneshot_data.py runs it as printed",
     "sinkprune serve demo-output": "test_vllm_server.py runs it as printed",

@@ -150,7 +150,7 @@ class _TransformersSampler:
 
 
 class _VllmSampler:
-    def __init__(self, directory: Path, workload: Workload, dtype: torch.dtype) -> None:
+    def __init__(self, directory: Path, workload: Workload, dtype: torch.dtype, **options: Any) -> None:
         from sinkprune_plugin.vllm.offline import OfflineEngine
 
         # vLLM doesn't report it; benchmarks/serving.py measures it.
@@ -163,6 +163,7 @@ class _VllmSampler:
             dtype=dtype,
             # Two engines share the machine, so that their runs can take turns.
             gpu_memory_utilization=0.42,
+            **options,
         )
 
     def __call__(self, prompts: torch.Tensor, workload: Workload, cache: str) -> None:
@@ -179,15 +180,16 @@ def transformers_sampler(model: Any, spec: DiffusionSpec) -> Sampler:
     return _TransformersSampler(model, spec)
 
 
-def vllm_sampler(directory: Path, workload: Workload, dtype: torch.dtype) -> Sampler:
+def vllm_sampler(directory: Path, workload: Workload, dtype: torch.dtype, **options: Any) -> Sampler:
     """vLLM's engine on a checkpoint.
 
     :param directory: the checkpoint
     :param workload: what will be generated, for the engine's limits
     :param dtype: precision to run in
+    :param options: further arguments of vLLM's ``LLM``
     :raises UsageError: if vLLM isn't installed or can't start
     """
-    return _VllmSampler(directory, workload, dtype)
+    return _VllmSampler(directory, workload, dtype, **options)
 
 
 def compare_speed(dense: Sampler, pruned: Sampler, workload: Workload, *, progress: bool = False) -> SpeedComparison:
