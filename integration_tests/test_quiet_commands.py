@@ -64,10 +64,11 @@ def test_prune_says_one_line_for_each_stage(tmp_path):
 def test_the_demo_says_one_line_for_each_method(tmp_path):
     command = [sys.executable, "-c", SMALL_DEMO, "out"]
     stdout, stderr = lines_of(subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path))
-    methods = ["dense", "wanda", "sparsegpt", "sink-aware-wanda", "sink-aware-sparsegpt"]
-    assert [line.split(":")[0] for line in stderr] == [*methods, methods[-1]]
-    assert [line.split()[0] for line in stdout[3:8]] == methods
-    assert len(stdout) < 25, stdout
+    methods = ["dense", "wanda", "sparsegpt", "sink-aware-wanda", "sink-aware-sparsegpt", "structured"]
+    assert [line.split(":")[0] for line in stderr] == [*methods, "structured", "sink-aware-sparsegpt"]
+    assert [line.split()[0].rstrip(",") for line in stdout[3:9]] == methods
+    assert stdout[9].startswith("speed of structured: ")
+    assert len(stdout) < 32, stdout
     assert (tmp_path / "out" / "verify" / "report.html").is_file()
 
 

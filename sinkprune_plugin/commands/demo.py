@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sinkprune_plugin.devices import choose_device
-from sinkprune_plugin.diffusion import elbo_perplexity
+from sinkprune_plugin.diffusion import elbo_perplexity, resolve_diffusion
 from sinkprune_plugin.inspection.info import inspect_checkpoint
 from sinkprune_plugin.inspection.structure import ZeroCount
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
@@ -24,6 +24,8 @@ from sinkprune_plugin.provenance import write_provenance
 from sinkprune_plugin.steps import quiet_steps
 from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
 from sinkprune_plugin.verification.report import print_report
+from sinkprune_plugin.verification.speed import SpeedComparison, Workload, compare_speed, transformers_sampler
+from sinkprune_plugin.verification.speed_verdict import NO_DIFFERENCE
 from sinkprune_plugin.verification.verify import VerifyOptions, verify
 
 __all__ = ["DemoRow", "run_demo"]
@@ -34,6 +36,10 @@ SEQ_LEN = 256
 CORRUPTIONS = 8
 # The method whose model is verified in full.
 BEST = "sink-aware-sparsegpt"
+# Half of the FFN channels: not sparse but smaller, so its speed is measured too.
+STRUCTURED = "structured"
+# Seconds of timing; there are enough repetitions in any case.
+TIMING = 5.0
 
 
 @dataclass
@@ -47,6 +53,7 @@ class DemoRow:
     :param seconds: wall time of oneshot()
     :param format: how the weights were saved
     :param file_bytes: size of the saved weights
+    :param speed: times the dense model's speed, where it can differ: of the structured model, whose layers are smaller
     """
 
     method: str
@@ -56,12 +63,13 @@ class DemoRow:
     seconds: float
     format: str
     file_bytes: int
+    speed: SpeedComparison | None = None
 
 
 def run_demo(
     output: Path, *, sparsity: float = 0.5, seed: int = 0, overwrite: bool = False, verbose: bool = False
 ) -> list[DemoRow]:
-    """Prune the embedded model with four methods through oneshot(), save, reload, compare, and verify one of them.
+    """Prune the embedded model with several methods through oneshot(), save, reload, compare, and verify one of them.
 
     :param output: directory for the pruned models, the table (demo.json) and the report
     :param sparsity: share of zeros
@@ -95,6 +103,8 @@ def run_demo(
                 tokenizer.save_pretrained(str(saved))
                 # The numbers in the table are those of the checkpoint on disk, not of the model in memory.
                 rows.append(_row(method, saved, test, seconds, seed))
+        with steps.step(f"{STRUCTURED}: timing it and the dense model in turns"):
+            rows[-1].speed = _speed(directory / STRUCTURED, test, seed)
         with steps.step(f"{BEST}: comparing it with the dense model"):
             options = VerifyOptions(quick=True, seed=seed)
             report = verify(EMBEDDED_MODEL, directory / BEST, directory / "verify", options)
@@ -113,6 +123,7 @@ def _methods(sparsity: float, seed: int) -> dict[str, Callable[[], Any]]:
     """Stock modifiers and ours, with the settings that a user would try first."""
     from sinkprune_plugin.modifiers.oneshot_flow import stock_modifier
     from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
+    from sinkprune_plugin.modifiers.structured import SinkAwareStructuredModifier
     from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
 
     return {
@@ -120,6 +131,7 @@ def _methods(sparsity: float, seed: int) -> dict[str, Callable[[], Any]]:
         "sparsegpt": lambda: stock_modifier("SparseGPTModifier", sparsity),
         "sink-aware-wanda": lambda: SinkAwareWandaModifier(sparsity=sparsity, seed=seed),
         "sink-aware-sparsegpt": lambda: SinkAwareSparseGPTModifier(sparsity=sparsity, seed=seed),
+        STRUCTURED: lambda: SinkAwareStructuredModifier(mlp_channels=0.5, seed=seed),
     }
 
 
@@ -139,6 +151,14 @@ def _row(method: str, checkpoint: Path, test: torch.Tensor, seconds: float, seed
     )
 
 
+def _speed(checkpoint: Path, test: torch.Tensor, seed: int) -> SpeedComparison:
+    models = [load_model(path, torch.float32, choose_device()) for path in (EMBEDDED_MODEL, checkpoint)]
+    samplers = [transformers_sampler(model, resolve_diffusion(model.config)) for model in models]
+    prompts = test[:4, : test.shape[1] // 4]
+    workload = Workload(prompts, 16, 16, 4, batch_sizes=(1, 4), seconds=TIMING, seed=seed)
+    return compare_speed(samplers[0], samplers[1], workload)
+
+
 def _print(rows: list[DemoRow], console: Console) -> None:
     # Eighty columns wide, so that nothing is cut off on a plain terminal or in a log.
     table = Table(
@@ -154,7 +174,9 @@ def _print(rows: list[DemoRow], console: Console) -> None:
     dense = rows[0].perplexity
     for row in rows:
         table.add_row(
-            row.method,
+            f"{row.method}, {row.speed.ratio:.2f} ×"
+            if row.speed and row.speed.verdict != NO_DIFFERENCE
+            else row.method,
             f"{row.sparsity:.2f}",
             f"{row.perplexity:.2f}",
             f"{row.standard_error:.2f}",
@@ -164,3 +186,9 @@ def _print(rows: list[DemoRow], console: Console) -> None:
             f"{row.file_bytes / 1e6:.2f}",
         )
     console.print(table)
+    for row in rows:
+        if row.speed is not None:
+            console.print(
+                f"speed of {row.method}: {row.speed.verdict}, {row.speed.ratio:.2f} × dense (99 %: "
+                f"{row.speed.ratio_low:.2f} to {row.speed.ratio_high:.2f}); the others run the dense kernels"
+            )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sinkprune_plugin import __version__
 from sinkprune_plugin.verification.plots import draw_plots
 from sinkprune_plugin.verification.recovered import curve_picture, three_columns
+from sinkprune_plugin.verification.speed_verdict import NO_DIFFERENCE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,7 +106,7 @@ def _speed(speed: dict[str, Any]) -> tuple[str, str]:
     ratio = f"{speed['ratio']:.2f} ×"
     measured = f"{speed['repetitions']} repetitions, {speed['backend']}"
     why = f"; {speed['why_not_faster']}" if speed["why_not_faster"] else ""
-    if speed["verdict"] == "no measurable difference":
+    if speed["verdict"] == NO_DIFFERENCE:
         return speed["verdict"], f"{ratio} dense ({interval}), {measured}{why}"
     return f"{ratio}, {speed['verdict']}", f"dense is 1 ({interval}), {measured}{why}"
 

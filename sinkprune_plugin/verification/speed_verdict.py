@@ -22,6 +22,7 @@ from typing import Literal
 __all__ = [
     "CONFIDENCE",
     "LEAST_REPETITIONS",
+    "NO_DIFFERENCE",
     "SMALLEST_DIFFERENCE",
     "Interval",
     "Verdict",
@@ -42,6 +43,7 @@ LEAST_REPETITIONS = 15
 with all fifteen are the fifteen that lie outside. Below eight there is no 99 % interval."""
 
 Verdict = Literal["faster", "slower", "no measurable difference"]
+NO_DIFFERENCE: Verdict = "no measurable difference"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def judge(interval: Interval) -> Verdict:
         return "faster"
     if interval.high < 1 / (1 + SMALLEST_DIFFERENCE):
         return "slower"
-    return "no measurable difference"
+    return NO_DIFFERENCE
 
 
 def signed_rank_interval(values: Sequence[float], confidence: float) -> tuple[float, float, float]:
