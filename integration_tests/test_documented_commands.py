@@ -57,6 +57,8 @@ SMALLER = {
     r"--num-samples 128": "--num-samples 2 --seq-len 64",
     r"^sinkprune sinks": "sinkprune sinks --num-samples 2 --seq-len 64",
     r"^sinkprune verify": "sinkprune verify --seq-len 64 --quick",
+    r"^sinkprune recover": "sinkprune recover --seq-len 64 --batch-size 2",
+    r"--steps 300\b": "--steps 2",
     r"^lm_eval": "lm_eval --limit 1",
     # The hub's tasks, of the same two kinds.
     r"--tasks (mmlu|arc_challenge|piqa|winogrande|hellaswag|gpqa\w+|race)\b": "--tasks own_choice --include_path tasks",
@@ -107,9 +109,9 @@ def workshop(tmp_path_factory, tasks, tokenizer):
     pruned.save_pretrained(folder / "dense")
     tokenizer.save_pretrained(folder / "dense")
     convert_checkpoint(folder / "dense", folder / "PRUNED", "sparse-24-bitmask", progress=False)
-    for name in ("DIR", "llada-8b-sink-2of4"):
+    for name in ("DIR", "RECOVERED", "llada-8b-sink-2of4", "LLaDA-8B-2of4"):
         (folder / name).symlink_to(folder / "PRUNED")
-    for name in ("MODEL", "DENSE", "AR-MODEL"):
+    for name in ("MODEL", "DENSE", "AR-MODEL", "LLaDA-8B"):
         (folder / name).symlink_to(EMBEDDED_MODEL)
     (folder / "recipes").symlink_to(RECIPES)
     (folder / "benchmarks").symlink_to(REPOSITORY / "benchmarks")
