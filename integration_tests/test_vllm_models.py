@@ -121,6 +121,12 @@ def test_blocks_of_different_sizes(write, native_class, changes, tmp_path, load,
     check_same_logits(native_class, tmp_path, config, load, logits)
 
 
+def test_blocks_that_ranks_cannot_share_are_refused_before_any_is_started(tmp_path, load):
+    write_unequal_llada(tmp_path, n_kv_heads=3)
+    with pytest.raises(ValueError, match=r"decoder block 0 has 3 key and value heads, .*=2; use 1"):
+        load(tmp_path, tensor_parallel_size=2)
+
+
 def test_bfloat16_rounds_as_the_native_class(tmp_path, load, logits):
     """Norms and rotary embedding in float32, the rest in bfloat16: as close as the native class is to its float32."""
     torch.cpu._init_amx()

@@ -100,9 +100,7 @@ def _transformers(storage: Storage) -> Reader:
 
 def _transformers_alone(storage: Storage) -> Reader:
     if storage.block_sizes:
-        return Reader(
-            _ALONE, "no", "official code refuses blocks of other sizes than the config's; install this package"
-        )
+        return Reader(_ALONE, "no", "official code refuses such blocks; install this package")
     if storage.layout == "sinkprune":
         return Reader(_ALONE, "no", "warns and makes new weights; convert to dense")
     if storage.layout == "before-0.9":

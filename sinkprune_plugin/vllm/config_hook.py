@@ -5,6 +5,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from sinkprune_plugin.models.catalogue import ARCHITECTURES
+from sinkprune_plugin.vllm.checked_config import check_config
 from sinkprune_plugin.vllm.memory_defaults import (
     LONGEST_CANVAS,
     LONGEST_CONTEXT,
@@ -137,6 +138,9 @@ def _refuse(vllm_config: Any) -> None:
     for what, asked in refused.items():
         if asked:
             raise ValueError(f"{name} denoises a canvas and doesn't support {what}")
+    if parallel.tensor_parallel_size > 1:
+        # The modules check it as well, but in other processes, whose errors reach the user as tracebacks.
+        check_config(vllm_config)
 
 
 def _set_canvas(vllm_config: Any) -> int:

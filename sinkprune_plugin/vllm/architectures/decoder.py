@@ -1,13 +1,11 @@
 """What the models of LLaDA and Dream have in common in vLLM, around the layers of their blocks."""
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -15,26 +13,8 @@ from vllm.model_executor.models.interfaces import SupportsQuant
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.vllm.tensor_parallel import check_shares
 
-__all__ = ["DenoisingLM", "check_config", "run_block", "run_decoder"]
-
-
-def check_config(vllm_config: VllmConfig) -> Any:
-    """Check that the modules compute what a model's configuration says.
-
-    :param vllm_config: configuration of the engine
-    :return: the model's configuration, ours, as vLLM has changed it
-    :raises UsageError: naming the option that they don't compute
-    """
-    config = vllm_config.model_config.hf_config
-    checked = copy.copy(config)
-    # vLLM writes the rotary frequencies into every configuration a second time; type default adds nothing.
-    if (getattr(checked, "rope_parameters", None) or {}).get("rope_type") == "default":
-        checked.rope_parameters = None
-    checked.check_supported()
-    check_shares(checked, vllm_config.parallel_config.tensor_parallel_size)
-    return config
+__all__ = ["DenoisingLM", "run_block", "run_decoder"]
 
 
 def run_block(

@@ -10,8 +10,9 @@ from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
 from sinkprune_plugin.models.dream.configuration_dream import DreamConfig
 from sinkprune_plugin.models.sizes_in_config import BlockSizes, sizes_in_config
-from sinkprune_plugin.vllm.architectures.decoder import DenoisingLM, check_config, run_block, run_decoder
+from sinkprune_plugin.vllm.architectures.decoder import DenoisingLM, run_block, run_decoder
 from sinkprune_plugin.vllm.architectures.layers import BlockLinears, RotaryAttention, gated_activation, make_norm
+from sinkprune_plugin.vllm.checked_config import check_config
 
 __all__ = ["DreamModel"]
 

@@ -1,11 +1,29 @@
-"""Whether a model's decoder blocks can be split between tensor-parallel ranks."""
+"""Checks of a model's configuration: that the modules compute what it says, and that ranks can share its blocks."""
 
+import copy
 from typing import Any
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.sizes_in_config import sizes_in_config
 
-__all__ = ["check_shares"]
+__all__ = ["check_config", "check_shares"]
+
+
+def check_config(vllm_config: Any) -> Any:
+    """Check that the modules compute what a model's configuration says.
+
+    :param vllm_config: configuration of the engine
+    :return: the model's configuration, ours, as vLLM has changed it
+    :raises UsageError: naming the option that they don't compute
+    """
+    config = vllm_config.model_config.hf_config
+    checked = copy.copy(config)
+    # vLLM writes the rotary frequencies into every configuration a second time; type default adds nothing.
+    if (getattr(checked, "rope_parameters", None) or {}).get("rope_type") == "default":
+        checked.rope_parameters = None
+    checked.check_supported()
+    check_shares(checked, vllm_config.parallel_config.tensor_parallel_size)
+    return config
 
 
 def check_shares(config: Any, ranks: int) -> None:

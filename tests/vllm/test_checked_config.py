@@ -4,7 +4,7 @@ import pytest
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.llada.configuration_llada import LLaDAConfig
-from sinkprune_plugin.vllm.tensor_parallel import check_shares
+from sinkprune_plugin.vllm.checked_config import check_shares
 
 WHOLE = {"mlp_channels": 96, "attention_heads": 8, "key_value_heads": 4}
 
