@@ -112,7 +112,8 @@ def keep_units(
     :param channels: (n,) int64, channels of the MLP that stay; None: all
     :param heads: (m,) int64, query heads that stay; None: all
     :raises UsageError: if nothing would stay, an index is out of range or there twice, the query heads don't fit the
-        key and value heads, or a Linear shares its weight with another or is quantized by groups of columns
+        key and value heads, or a Linear shares its weight with another, is quantized by groups of columns or on the
+        meta device
     """
     units, head_dim = units_of(model), _config(model).head_dim
     name, blocks = find_decoder_blocks(model)
@@ -132,7 +133,7 @@ def keep_units(
     changed = {part: _linear(block, part) for part in (*rows, *columns)}
     _refuse_shared(model, changed, where)
     for part, linear in changed.items():
-        _refuse_column_groups(linear, f"{where}.{part}", cut=part in columns)
+        _refuse_unknown(linear, f"{where}.{part}", cut=part in columns)
     _record_dense(model)
     for part, linear in changed.items():
         _slice(linear, rows.get(part), columns.get(part))
@@ -236,13 +237,19 @@ def _refuse_shared(model: nn.Module, changed: dict[str, nn.Linear], where: str) 
                 )
 
 
-def _refuse_column_groups(linear: nn.Linear, name: str, *, cut: bool) -> None:
-    if cut and any(
-        kind != "weight" and tensor.dim() > 1 and tensor.shape[1] > 1 for kind, tensor in _parameters(linear)
-    ):
-        raise UsageError(
-            f"{name} is quantized by groups of columns, of which some would go; remove units before quantizing"
-        )
+def _refuse_unknown(linear: nn.Linear, name: str, *, cut: bool) -> None:
+    """Refuse what can't be sliced: weights that aren't there, and scales that belong to several columns."""
+    offloaded = hasattr(linear._parameters, "offloaded_values")
+    for kind, tensor in _parameters(linear):
+        if tensor.is_meta and not offloaded:
+            raise UsageError(
+                f"{name}.{kind} is on the meta device, so there is nothing to keep a part of; load the model without "
+                "accelerate's disk offloading (llm-compressor's own is fine)"
+            )
+        if cut and kind != "weight" and tensor.dim() > 1 and tensor.shape[1] > 1:
+            raise UsageError(
+                f"{name} is quantized by groups of columns, of which some would go; remove units before quantizing"
+            )
 
 
 @torch.no_grad()

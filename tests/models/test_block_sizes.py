@@ -172,6 +172,16 @@ def test_shared_weights_are_refused(tmp_path):
     )
 
 
+def test_weights_that_are_not_there_are_refused(tmp_path):
+    write_llada(tmp_path)
+    model = load_model(tmp_path)
+    before = block_sizes(model)
+    model.model.transformer.blocks[0].ff_out.to("meta")
+    with pytest.raises(UsageError, match=r"blocks\.0\.ff_out\.weight is on the meta device"):
+        keep_units(model, 0, channels=CHANNELS)
+    assert block_sizes(model) == before
+
+
 def test_scales_of_a_quantization_go_with_the_rows(tmp_path):
     write_llada(tmp_path)
     block = (model := load_model(tmp_path)).model.transformer.blocks[0]
