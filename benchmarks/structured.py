@@ -3,6 +3,9 @@
 Both models generate the same number of tokens with the same sampler, in the plain loop of this package ("transformers")
 and in vLLM's engine, taking turns as in `sinkprune verify`, whose statistics and verdict these are. Which units are
 removed doesn't matter for speed, so they are chosen at random. Prints a table, ends in one JSON line.
+
+With `--clock cpu` the CPU time of this process counts instead of wall time, for a CPU that is shared with so much other
+work that wall times say little; with one thread both are the same on a machine of one's own.
 """
 
 import argparse
@@ -11,6 +14,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from serving import random_llada
+from tqdm import tqdm
 
 from sinkprune_plugin.devices import choose_device
 from sinkprune_plugin.diffusion import resolve_diffusion
@@ -35,6 +40,7 @@ from sinkprune_plugin.verification.speed import (
 )
 from sinkprune_plugin.vllm.cpu import prepare
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 # Kept widths are multiples, as with `granularity` of the modifier.
 CHANNEL_MULTIPLE = 64
 
@@ -115,8 +121,9 @@ def measure(name: str, directory: Path, folder: Path, arguments: argparse.Namesp
             for batch in arguments.batches:
                 for cache in arguments.caches:
                     work = workload(name, batch, cache, arguments.seconds)
-                    compared = compare_speed(sides[0], sides[1], work, progress=True)
+                    compared = compare_speed(sides[0], sides[1], work, progress=True, clock=CLOCKS[arguments.clock])
                     rows.append(row(name, variant, backend, parameters / total, compared))
+                    tqdm.write(json.dumps(rows[-1]), file=sys.stderr)
             del sides
             gc.collect()
     return rows
@@ -168,6 +175,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--caches", nargs="+", default=["none", "dual"])
     parser.add_argument("--seconds", type=float, default=20.0, help="measuring time of a row; at least 15 repetitions")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     arguments = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if "vllm" in arguments.backends:
@@ -182,6 +190,7 @@ def main() -> None:
     print_table(rows)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     summary = {"rows": rows, "threads": torch.get_num_threads(), "torch": torch.__version__, "device": device}
+    summary["clock"] = arguments.clock
     sys.stdout.write(json.dumps(summary) + "\n")
 
 

@@ -4,6 +4,7 @@ import math
 import random
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -192,7 +193,14 @@ def vllm_sampler(directory: Path, workload: Workload, dtype: torch.dtype, **opti
     return _VllmSampler(directory, workload, dtype, **options)
 
 
-def compare_speed(dense: Sampler, pruned: Sampler, workload: Workload, *, progress: bool = False) -> SpeedComparison:
+def compare_speed(
+    dense: Sampler,
+    pruned: Sampler,
+    workload: Workload,
+    *,
+    progress: bool = False,
+    clock: Callable[[], float] | None = None,
+) -> SpeedComparison:
     """Time both models, in turns.
 
     Each repetition goes through all cells in a random order. In half of them, drawn anew, the dense model runs first,
@@ -204,16 +212,18 @@ def compare_speed(dense: Sampler, pruned: Sampler, workload: Workload, *, progre
     :param pruned: the other
     :param workload: what is generated
     :param progress: show a progress bar
+    :param clock: seconds; None takes wall time
     :return: the verdict over all cells, and a row for each batch size and cache mode
     """
     cells = [_Cell(batch, cache) for batch in workload.batch_sizes for cache in workload.caches]
     order = random.Random(workload.seed)
+    clock = clock or time.perf_counter
     with tqdm(total=WARM_UP + LEAST_REPETITIONS, desc="speed", unit="pass", disable=None if progress else True) as bar:
         for _ in range(WARM_UP):
-            began = time.perf_counter()
+            began = clock()
             for cell in cells:
-                _time_pair(dense, pruned, workload, _Cell(cell.batch, cell.cache), dense_first=True)
-            taken = time.perf_counter() - began
+                _time_pair(dense, pruned, workload, _Cell(cell.batch, cell.cache), clock, dense_first=True)
+            taken = clock() - began
             bar.update()
         repetitions = min(MOST_REPETITIONS, max(LEAST_REPETITIONS, int(workload.seconds / max(taken, 1e-9))))
         bar.total = WARM_UP + repetitions
@@ -224,7 +234,7 @@ def compare_speed(dense: Sampler, pruned: Sampler, workload: Workload, *, progre
                 halves[-1] = order.random() < 0.5
             order.shuffle(halves)
             for cell, dense_first in zip(shuffled, halves, strict=True):
-                _time_pair(dense, pruned, workload, cell, dense_first=dense_first)
+                _time_pair(dense, pruned, workload, cell, clock, dense_first=dense_first)
             bar.update()
     whole = ratio_interval([statistics.fmean(each) for each in zip(*(cell.log_ratios for cell in cells), strict=True)])
     return SpeedComparison(
@@ -269,14 +279,22 @@ class _Cell:
         )
 
 
-def _time_pair(dense: Sampler, pruned: Sampler, workload: Workload, cell: _Cell, *, dense_first: bool) -> None:
+def _time_pair(
+    dense: Sampler,
+    pruned: Sampler,
+    workload: Workload,
+    cell: _Cell,
+    clock: Callable[[], float],
+    *,
+    dense_first: bool,
+) -> None:
     prompts = workload.prompts[: cell.batch]
     for is_dense in (dense_first, not dense_first):
         sampler = dense if is_dense else pruned
         inside = sampler.forward_seconds
-        started = time.perf_counter()
+        started = clock()
         sampler(prompts, workload, cell.cache)
-        taken = time.perf_counter() - started
+        taken = clock() - started
         (cell.dense_seconds if is_dense else cell.pruned_seconds).append(taken)
         if not is_dense and inside is not None and sampler.forward_seconds is not None:
             cell.shares.append((sampler.forward_seconds - inside) / taken)
