@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+pytest_plugins = ["gpu_report"]
+
 REPOSITORY = Path(__file__).parent
 
 # A time limit for single examples says more about the machine than about the code; pytest-timeout looks after tests.

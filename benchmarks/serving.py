@@ -98,7 +98,7 @@ class ForwardClock:
     def __init__(self, model: Any) -> None:
         self.seconds = 0.0
         self.calls = 0
-        for name in ("forward", "compute_logits"):
+        for name in ("forward", "project"):
             setattr(model, name, self._timed(getattr(model, name), counts=name == "forward"))
 
     def _timed(self, function: Callable[..., Any], *, counts: bool) -> Callable[..., Any]:

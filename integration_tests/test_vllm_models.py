@@ -169,14 +169,16 @@ def test_rotary_embedding_in_bfloat16(tmp_path, load, monkeypatch):
 
 
 def test_rows_of_a_step(tmp_path, load, logits):
-    """Logits of the rows that can be unmasked only, and hidden states moved by what the model state hands over."""
+    """Hidden states that the sampler will project, and what the model state does to all of them."""
     config, _ = write_llada(tmp_path)
     model, vllm_config = load(tmp_path)
     tokens = tokens_of(config)
     everything = logits(model, vllm_config, tokens)
     device = next(model.parameters()).device
-    model.block_rows = torch.tensor([3, 7, 39], device=device)
-    torch.testing.assert_close(logits(model, vllm_config, tokens), everything[[3, 7, 39]])
+    model.pick_rows = lambda hidden: hidden[[3, 7, 39]]
+    picked = logits(model, vllm_config, tokens)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.project(picked.to(device)).cpu(), everything[[3, 7, 39]])
     from vllm.forward_context import set_forward_context
 
     with torch.inference_mode(), set_forward_context(None, vllm_config):

@@ -49,6 +49,8 @@ def denoise(
     temperature: float = 0.0,
     remasking: str = "low_confidence",
     threshold: float | None = None,
+    factor: float | None = None,
+    early_stop: bool = False,
     cfg_scale: float = 0.0,
     seed: int | Sequence[int] = 0,
     top_k: int = 0,
@@ -73,6 +75,10 @@ def denoise(
     :param remasking: ``low_confidence``, ``random``, ``margin`` or ``entropy``
     :param threshold: unmask all positions with higher confidence than this instead of a fixed number; ``steps`` then
         has no effect
+    :param factor: unmask as many as Fast-dLLM's factor strategy allows instead of a fixed number, see
+        :func:`~sinkprune_plugin.sampling.select.select_unmask`; ``steps`` then has no effect
+    :param early_stop: end a block as soon as an end-of-sequence token and all before it are unmasked, which saves steps
+        and doesn't change the result; needs ``eos_token_ids``
     :param cfg_scale: of classifier-free guidance; logits are u + (scale + 1) (c - u), u those without the prompt
     :param seed: one for all prompts, or one for each
     :param top_k: sample among the most likely only; 0 for all
@@ -95,6 +101,8 @@ def denoise(
         temperature=temperature,
         remasking=remasking,
         threshold=threshold,
+        factor=factor,
+        early_stop=early_stop,
         cfg_scale=cfg_scale,
         top_k=top_k,
         top_p=top_p,

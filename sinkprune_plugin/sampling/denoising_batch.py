@@ -67,6 +67,8 @@ class DenoisingBatch:
         counts = options.tokens_per_step(number)
         # Each step unmasks at least one token of each row that has masks.
         for step in range(end - begin):
+            if options.early_stop:
+                self._stop_early(begin, end)
             block = self._tokens[self._active, begin:end]
             masked = block == self._spec.mask_token_id
             if not bool(masked.any()):
@@ -126,6 +128,7 @@ class DenoisingBatch:
             confidence.view(rows, width).masked_fill(~masked, -torch.inf),
             torch.full((rows,), count, device=device),
             torch.full((rows,), threshold, dtype=torch.float64, device=device),
+            torch.full((rows,), options.factor or 0.0, dtype=torch.float64, device=device),
         )
         return chosen, proposed.view(rows, width)
 
@@ -169,11 +172,23 @@ class DenoisingBatch:
         tokens, mask = self._tokens[self._active], self._spec.mask_token_id
         return guided_logits(self._model, tokens, logits, self._prompt_length, mask, self._options.cfg_scale)
 
+    def _stop_early(self, begin: int, end: int) -> None:
+        """Retire rows whose text has ended: what comes after their first end-of-sequence token is cut off."""
+        block = self._tokens[self._active, begin:end]
+        place = torch.arange(end - begin, device=block.device)
+        first_end = torch.where(torch.isin(block, self._eos), place, end - begin).amin(dim=1)
+        first_mask = torch.where(block == self._spec.mask_token_id, place, end - begin).amin(dim=1)
+        self._keep(first_mask <= first_end)
+
     def _retire(self, begin: int, end: int) -> None:
         """Skip the remaining blocks of rows whose block holds an end-of-sequence token."""
-        going = ~torch.isin(self._tokens[self._active, begin:end], self._eos).any(dim=1)
+        self._keep(~torch.isin(self._tokens[self._active, begin:end], self._eos).any(dim=1))
+
+    def _keep(self, going: torch.Tensor) -> None:
         if bool(going.all()):
             return
         rows = going.nonzero()[:, 0]
         self._active = self._active[rows]
         self._cache.keep_rows(rows)
+        if self._before is not None:
+            self._before = self._before[rows]

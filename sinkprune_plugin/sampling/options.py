@@ -24,6 +24,8 @@ OPTION_NAMES = (
     "dlm_temperature",
     "dlm_remasking",
     "dlm_threshold",
+    "dlm_factor",
+    "dlm_early_stop",
     "dlm_cfg_scale",
     "dlm_seed",
 )
@@ -42,6 +44,10 @@ class SamplingOptions:
     :param temperature: of the Gumbel noise; 0 is greedy
     :param remasking: ``low_confidence``, ``random``, ``margin`` or ``entropy``
     :param threshold: unmask all positions with higher confidence than this, instead of a fixed number in each step
+    :param factor: Fast-dLLM's factor f: unmask the n most confident positions, n being the largest with
+        (n + 1) (1 - c_n) < f, instead of a fixed number in each step
+    :param early_stop: end a block as soon as an end-of-sequence token and all before it are unmasked; the text, which
+        ends there, is the same
     :param cfg_scale: scale of classifier-free guidance; 0 is off
     :param seed: of the noise, 0 to 2^63 - 1
     :param top_k: 0 for all tokens
@@ -59,6 +65,13 @@ class SamplingOptions:
     seed: int = 0
     top_k: int = 0
     top_p: float = 1.0
+    factor: float | None = None
+    early_stop: bool = False
+
+    @property
+    def fixed_steps(self) -> bool:
+        """Whether the number of steps of each block is known before it is denoised."""
+        return self.threshold is None and self.factor is None and not self.early_stop
 
     @property
     def blocks(self) -> tuple[tuple[int, int], ...]:
@@ -107,6 +120,8 @@ class SamplingOptions:
         seed: int = 0,
         top_k: int = 0,
         top_p: float = 1.0,
+        factor: float | None = None,
+        early_stop: bool = False,
     ) -> "SamplingOptions":
         """Fill in defaults and check everything.
 
@@ -149,13 +164,9 @@ class SamplingOptions:
         remasking = _name("dlm_remasking", remasking, REMASKINGS)
         if cfg_scale and cache != "none":
             raise UsageError(f"dlm_cfg_scale {cfg_scale:g} works without a cache only; use dlm_cache none, not {cache}")
-        if threshold is not None:
-            threshold = _number("dlm_threshold", threshold, 0.0, 1.0, above=True)
-            if remasking == "entropy":
-                raise UsageError(
-                    f"dlm_threshold {threshold:g} is a probability, which entropies aren't compared with; use "
-                    "dlm_remasking low_confidence with it"
-                )
+        threshold, factor = _rules(threshold, factor, remasking)
+        if not isinstance(early_stop, bool):
+            raise UsageError(f"dlm_early_stop {_shown(early_stop)} isn't true or false; use one of these")
         return cls(
             gen_length=gen_length,
             block_length=block_length,
@@ -168,7 +179,27 @@ class SamplingOptions:
             seed=_whole("dlm_seed", seed, 0, 2**63 - 1),
             top_k=_whole("top_k", top_k, 0),
             top_p=_number("top_p", top_p, 0.0, 1.0, above=True),
+            factor=factor,
+            early_stop=early_stop,
         )
+
+
+def _rules(threshold: Any, factor: Any, remasking: str) -> tuple[float | None, float | None]:
+    """The two rules that unmask as many as the model is sure of."""
+    if threshold is not None:
+        threshold = _number("dlm_threshold", threshold, 0.0, 1.0, above=True)
+    if factor is not None:
+        factor = _number("dlm_factor", factor, 0.0, math.inf, above=True)
+    if threshold is not None and factor is not None:
+        raise UsageError(
+            f"dlm_threshold {threshold:g} and dlm_factor {factor:g} are two rules for the same choice; leave one out"
+        )
+    for name, value in (("dlm_threshold", threshold), ("dlm_factor", factor)):
+        if value is not None and remasking == "entropy":
+            raise UsageError(
+                f"{name} {value:g} is for probabilities, not entropies; use dlm_remasking low_confidence with it"
+            )
+    return threshold, factor
 
 
 def _whole(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
@@ -203,7 +234,8 @@ def _shown(value: Any) -> str:
 
 
 _WHOLE = ("dlm_block_length", "dlm_steps", "dlm_gen_length", "dlm_seed")
-_REAL = ("dlm_temperature", "dlm_threshold", "dlm_cfg_scale")
+_REAL = ("dlm_temperature", "dlm_threshold", "dlm_factor", "dlm_cfg_scale")
+_TRUTHS = {"true": True, "false": False, "1": True, "0": False}
 
 
 def parse_options(given: Mapping[str, Any], *, max_tokens: int, top_k: int = 0, top_p: float = 1.0) -> SamplingOptions:
@@ -233,6 +265,9 @@ def parse_options(given: Mapping[str, Any], *, max_tokens: int, top_k: int = 0, 
 
 
 def _read(name: str, value: Any) -> Any:
+    if name == "dlm_early_stop" and not isinstance(value, bool):
+        # Over HTTP there are numbers and text only.
+        return _TRUTHS.get(str(value).lower(), value)
     if not isinstance(value, str) or name not in _WHOLE + _REAL:
         return value
     # Plain decimal notation only: int and float also take underscores, spaces, digits of other scripts and nan.

@@ -8,7 +8,7 @@ import torch
 from sinkprune_plugin.sampling.noise import CHUNK, gumbel_argmax, uniform_noise
 from sinkprune_plugin.sampling.options import REMASKINGS
 
-__all__ = ["EVERYTHING", "Needs", "propose"]
+__all__ = ["EVERYTHING", "Needs", "filter_cuts", "propose"]
 
 LOW_CONFIDENCE, RANDOM, MARGIN, ENTROPY = (
     REMASKINGS.index(name) for name in ("low_confidence", "random", "margin", "entropy")
@@ -106,9 +106,23 @@ def _confidence(
 
 
 def _filtered(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Exclude tokens that aren't among the top_k most likely, or not in the smallest set with probability top_p.
+    """Exclude what :func:`filter_cuts` cuts off."""
+    value, index = filter_cuts(logits, top_k, top_p)
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    cut = (logits < value[:, None]) | ((logits == value[:, None]) & (ids > index[:, None]))
+    return logits.masked_fill(cut, -torch.inf)
+
+
+def filter_cuts(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the filters cut a row off: at tokens that aren't among the top_k most likely, or not in the smallest set
+    with probability top_p.
 
     Both use the softmax of all tokens without temperature; of equally likely tokens the first are preferred.
+
+    :param logits: (R, V) float32; -inf excludes a token
+    :param top_k: (R,) int64; 0 keeps all
+    :param top_p: (R,) float64; 1 keeps all
+    :return: (R,) float32 smallest logit that is kept, and (R,) int64 the last index that is kept with this very logit
     """
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[1], device=logits.device)
@@ -116,4 +130,5 @@ def _filtered(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) ->
     probabilities = torch.softmax(ordered.double(), dim=-1)
     # A token stays if those before it sum to less than top_p, so the most likely one always stays.
     kept &= (top_p[:, None] >= 1) | (probabilities.cumsum(dim=-1) - probabilities < top_p[:, None])
-    return torch.full_like(logits, -torch.inf).scatter(1, order, torch.where(kept, ordered, -torch.inf))
+    last = kept.sum(dim=-1, keepdim=True).clamp_(min=1) - 1
+    return ordered.gather(1, last)[:, 0], order.gather(1, last)[:, 0]

@@ -1,46 +1,43 @@
-"""Hidden states moved by one position, for models whose logits at position i predict token i + 1 (Dream).
+"""Models whose logits at position i predict token i + 1 (Dream): which hidden state predicts a block's first token.
 
-The first row of a query that begins after position 0 needs the hidden state of a position that isn't in the batch. It
-is the one from the step that computed the kept keys and values: as stale as those, and fresh where nothing is kept.
+It is that of the position before the canvas, which often isn't in the batch. Then it is the one from the step that
+computed the kept keys and values: as stale as those, and fresh where nothing is kept.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
-from vllm.utils.torch_utils import async_tensor_h2d
 
-from sinkprune_plugin.vllm.step_plan import BatchLayout
+from sinkprune_plugin.sampling.batch_table import Column
+from sinkprune_plugin.vllm.step_plan import BatchLayout, Ints
 
-__all__ = ["BoundaryStates", "LogitShift"]
+__all__ = ["BoundaryStates", "StateKeeper"]
 
 
-class LogitShift:
-    """Callable of one step: (T, d) hidden states to (T, d), row i holding what predicts token i.
+class StateKeeper:
+    """Callable of one step on the (T, d) hidden states of the batch, which it returns as they are.
 
-    :param boundary: (slots, d), updated by the call
-    :param source: (T,) row of the concatenation of hidden states and boundary states of each result row
-    :param save: (2, K) slot and row of the hidden states to be kept for later steps
+    :param states: (·, d), updated by the call
+    :param places: (K,) int64, where hidden states are kept
+    :param rows: (K,) int64, of the hidden states to keep
     """
 
-    def __init__(self, boundary: torch.Tensor, source: torch.Tensor, save: torch.Tensor) -> None:
-        self._boundary = boundary
-        self._source = source
-        self._save = save
+    def __init__(self, states: torch.Tensor, places: torch.Tensor, rows: torch.Tensor) -> None:
+        self._states, self._places, self._rows = states, places, rows
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Shift.
+        """Keep what later steps need.
 
-        :param hidden: (T, d); rows after the batch's tokens are padding
-        :return: (T, d)
+        :param hidden: (T, d)
+        :return: the same
         """
-        tokens = len(self._source)
-        shifted = torch.cat([hidden[:tokens], self._boundary])[self._source]
-        slots, rows = self._save
-        self._boundary[slots] = hidden[rows]
-        return torch.cat([shifted, hidden[tokens:]])
+        self._states[self._places] = hidden[self._rows]
+        return hidden
 
 
 class BoundaryStates:
-    """The hidden state before each slot's canvas, and the shift of each step.
+    """The hidden state before each slot's canvas.
 
     :param slots: number of slots
     :param width: d
@@ -49,17 +46,18 @@ class BoundaryStates:
     """
 
     def __init__(self, slots: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._states = torch.zeros(2 * slots, width, dtype=dtype, device=device)
+        self.states = torch.zeros(2 * slots, width, dtype=dtype, device=device)
         self._slots = slots
         # Cache commit: the last row of the last query, which is the one before the canvas as soon as a block is done.
         self._canvas_start = np.full(slots, -1, np.int64)
         self._half = np.zeros(slots, np.int64)
 
-    def shift(self, batch: BatchLayout) -> LogitShift:
-        """Prepare a step.
+    def plan(self, batch: BatchLayout, table: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[Ints, Ints]:
+        """Plan a step.
 
         :param batch: what was scheduled
-        :return: the step's shift
+        :param table: the step's table, whose column ``STATE_BEFORE`` is filled in
+        :return: places and rows for :class:`StateKeeper`
         """
         slots, computed, query, canvas = batch.slots, batch.computed, batch.query, batch.canvas
         begin = np.cumsum(query) - query
@@ -72,20 +70,7 @@ class BoundaryStates:
         self._canvas_start[slots] = marked
         before = slots + self._slots * self._half[slots]
         other = slots + self._slots * (1 - self._half[slots])
-        tokens = int(query.sum())
-        source = np.arange(tokens) - 1
-        source[begin] = np.where(computed > 0, tokens + before, begin)
+        table[:, Column.STATE_BEFORE] = before
         inside = (computed < start) & (canvas > 0)
-        save = np.concatenate(
-            [
-                np.stack([other, begin + query - 1]),
-                np.stack([before, begin + start - computed - 1])[:, inside],
-            ],
-            axis=1,
-        )
-        device = self._states.device
-        return LogitShift(
-            self._states,
-            async_tensor_h2d(source, device=device),
-            async_tensor_h2d(np.ascontiguousarray(save), device=device),
-        )
+        places = np.concatenate([other, before[inside]])
+        return places, np.concatenate([begin + query - 1, (begin + start - computed - 1)[inside]])

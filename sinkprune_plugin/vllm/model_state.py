@@ -18,10 +18,13 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
 from sinkprune_plugin.diffusion import resolve_diffusion
-from sinkprune_plugin.vllm.logit_shift import BoundaryStates
+from sinkprune_plugin.sampling.batch_state import DeviceBatch
+from sinkprune_plugin.sampling.batch_table import Column
+from sinkprune_plugin.vllm.host_kernels import replace_kernels
+from sinkprune_plugin.vllm.logit_shift import BoundaryStates, StateKeeper
 from sinkprune_plugin.vllm.request_plan import has_plan, plan_of
 from sinkprune_plugin.vllm.sampler import DenoisingSampler
-from sinkprune_plugin.vllm.step_plan import BatchLayout, SlotTable, StepPlan
+from sinkprune_plugin.vllm.step_plan import BatchLayout, SlotTable
 
 __all__ = ["DenoisingModelState"]
 
@@ -40,13 +43,17 @@ class DenoisingModelState(ModelState):
 
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
+        if device.type == "cpu":
+            replace_kernels()
         assert vllm_config.diffusion_config is not None
         self._canvas_length = vllm_config.diffusion_config.canvas_length
         self._spec = resolve_diffusion(self.model_config.hf_config)
         self._slots = SlotTable(self.max_num_reqs, self._canvas_length)
         self._sampler: DenoisingSampler | None = None
-        self._plan: StepPlan | None = None
-        self._batch: BatchLayout | None = None
+        self._batch: DeviceBatch | None = None
+        # Positions after each query that attention must see as well; None if there are none.
+        self._hidden_suffix: np.ndarray[Any, np.dtype[np.int64]] | None = None
+        self._keep: StateKeeper | None = None
         model_dtype = self.dtype
         assert isinstance(model_dtype, torch.dtype)
         self._boundary = (
@@ -69,7 +76,11 @@ class DenoisingModelState(ModelState):
         :param sampler: vLLM's, for its view of the request states
         :return: ours, and no rejection sampler
         """
-        self._sampler = DenoisingSampler(sampler.req_states, self._spec.mask_token_id)
+        vocabulary = self.model_config.get_vocab_size()
+        self._sampler = DenoisingSampler(sampler.req_states, self._spec.mask_token_id, self.model, vocabulary)
+        # The sampler projects the hidden states of the positions that are still masked. setattr: to mypy an attribute
+        # of a Module is a tensor or a module.
+        setattr(self.model, "pick_rows", self._pick_rows)  # noqa: B010
         return self._sampler, None
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
@@ -99,31 +110,39 @@ class DenoisingModelState(ModelState):
         :param kv_cache_config: not used
         :param num_computed_tokens: not used, the host has the same numbers
         """
+        if self._sampler is None:
+            return
         num_reqs = input_batch.num_reqs
-        self._batch = BatchLayout(
+        layout = BatchLayout(
             slots=input_batch.idx_mapping_np[:num_reqs].astype(np.int64),
             computed=input_batch.num_computed_tokens_np[:num_reqs].astype(np.int64),
             query=input_batch.num_scheduled_tokens[:num_reqs].astype(np.int64),
             canvas=np.diff(input_batch.cu_num_logits_np[: num_reqs + 1]).astype(np.int64),
         )
-        self._plan = self._slots.plan(self._batch)
+        left = self._sampler.known_left()
+        if left is not None:
+            self._slots.note_left(left)
+        plan = self._slots.plan(layout)
+        self._hidden_suffix = plan.hidden_suffix if plan.hidden_suffix.any() else None
+        parts = [plan.table.ravel(), plan.row_request, plan.needs.filtered]
+        if self._boundary is not None:
+            parts += self._boundary.plan(layout, plan.table)
+        # One copy to the device; everything below is a view of it.
+        lengths = [len(part) for part in parts]
+        packed = async_tensor_h2d(np.concatenate(parts), device=self.device).split(lengths)
+        self._batch = DeviceBatch(packed[0].view(num_reqs, len(Column)), packed[1], packed[2])
+        self._keep = None if self._boundary is None else StateKeeper(self._boundary.states, packed[3], packed[4])
+        self._sampler.begin(self._batch, plan.needs)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:  # noqa: ARG002
-        """Pass the plan on, and restrict the logits to the rows that can be unmasked.
+        """Let the model keep the hidden states that later steps need.
 
         :param input_batch: not used
         :param req_states: not used
         :return: further arguments of the model's forward
         """
-        plan, batch = self._plan, self._batch
-        self._plan = self._batch = None
-        if self._sampler is not None:
-            self._sampler.plan = plan
-        # Without a plan this is a dummy run, which looks at all rows.
-        self._set_rows(None if plan is None else async_tensor_h2d(plan.rows, device=self.device))
-        if self._boundary is None or batch is None:
-            return {}
-        return {"shift": self._boundary.shift(batch)}
+        keep, self._keep, self._hidden_suffix = self._keep, None, None
+        return {} if keep is None else {"shift": keep}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:  # noqa: ARG002
         """Nothing is planned in a dummy run.
@@ -132,12 +151,15 @@ class DenoisingModelState(ModelState):
         :param num_tokens: not used
         :return: no further arguments
         """
-        self._set_rows(None)
         return {}
 
-    def _set_rows(self, rows: torch.Tensor | None) -> None:
-        # Read by the model's compute_logits. setattr: to mypy an attribute of a Module is a tensor or a module.
-        setattr(self.model, "block_rows", rows)  # noqa: B010
+    def _pick_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        batch, self._batch = self._batch, None
+        if batch is None or self._sampler is None:
+            return hidden_states
+        return self._sampler.batched.gather(
+            hidden_states, None if self._boundary is None else self._boundary.states, batch
+        )
 
     def prepare_inputs_embeds(
         self,
@@ -180,12 +202,11 @@ class DenoisingModelState(ModelState):
         assert ubatch_idx == 0
         num_reqs = input_batch.num_reqs
         seq_lens, upper_bound = input_batch.seq_lens, input_batch.seq_lens_cpu_upper_bound
-        if not for_capture and self._plan is not None and self._plan.hidden_suffix.any():
-            suffix = self._plan.hidden_suffix
+        if not for_capture and self._hidden_suffix is not None and self._batch is not None:
             seq_lens = seq_lens.clone()
-            seq_lens[:num_reqs] += async_tensor_h2d(suffix, device=self.device)
+            seq_lens[:num_reqs] += self._batch.column(Column.HIDDEN_SUFFIX)
             upper_bound = upper_bound.clone()
-            upper_bound[:num_reqs] += torch.from_numpy(suffix)
+            upper_bound[:num_reqs] += torch.from_numpy(self._hidden_suffix)
         return build_attn_metadata(
             attn_groups=attn_groups,
             num_reqs=num_reqs,

@@ -5,7 +5,7 @@ from typing import Any
 
 from sinkprune_plugin.sampling.options import SamplingOptions
 
-__all__ = ["PLAN_KEY", "attach_plan", "has_plan", "plan_of"]
+__all__ = ["PLAN_KEY", "attach_plan", "has_plan", "plan_of", "stops_of"]
 
 # Key of the resolved options in ``SamplingParams.extra_args``. Not one of the ``dlm_`` options: a client can't send it,
 # the front end refuses keys it doesn't know.
@@ -44,3 +44,13 @@ def plan_of(params: Any, canvas_length: int) -> SamplingOptions:
     if params.seed is not None:
         stored = {**stored, "seed": params.seed}
     return SamplingOptions(**stored)
+
+
+def stops_of(params: Any) -> tuple[int, ...]:
+    """The tokens at which vLLM ends a request's text.
+
+    :param params: its ``SamplingParams``; ``ignore_eos`` has left the end-of-sequence token out already
+    :return: token ids
+    """
+    eos = params.eos_token_id
+    return tuple(sorted({*(params.stop_token_ids or ()), *(() if eos is None else (eos,))}))

@@ -1,8 +1,4 @@
-"""The sampler of denoising models: proposes tokens for a batch of blocks, unmasks some, emits finished blocks.
-
-The mathematics is that of :mod:`sinkprune_plugin.sampling`, function for function; this module adds only the batch's
-layout and vLLM's interface. Nothing waits for the device.
-"""
+"""vLLM's interface to the sampler of denoising models; the mathematics is in :mod:`sinkprune_plugin.sampling`."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,47 +8,67 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from sinkprune_plugin.sampling.select import select_unmask
-from sinkprune_plugin.sampling.tokens import propose
-from sinkprune_plugin.vllm.step_plan import RequestFloats, RequestNumbers, StepPlan
+from sinkprune_plugin.sampling.batch_state import BatchState, DeviceBatch
+from sinkprune_plugin.sampling.batched import BatchSampler, StepNeeds
+from sinkprune_plugin.vllm.request_plan import stops_of
 
 __all__ = ["DenoisingSampler"]
 
 
 class DenoisingSampler:
-    """Callable in place of vLLM's sampler.
+    """Callable in place of vLLM's sampler. It is given hidden states, not logits: it projects them itself, in chunks.
 
     :param req_states: the worker's request states; ``draft_tokens`` (slots, canvas) int64 holds each slot's canvas
     :param mask_token_id: the mask token
+    :param model: a :class:`~sinkprune_plugin.vllm.architectures.decoder.DenoisingLM`
+    :param vocabulary: logits of a row
     """
 
     # The runner reads this; None means that nothing counts tokens for penalties, which are refused in the front end.
     penalties_state = SimpleNamespace(output_bin_counts=None)
-    compute_nans = False
+    compute_nans = True
 
-    def __init__(self, req_states: Any, mask_token_id: int) -> None:
-        self._canvas: torch.Tensor = req_states.draft_tokens
-        self._mask = mask_token_id
-        # Finished blocks whose keys and values are still to be computed from their final tokens (cache commit).
-        self._committing = torch.zeros(self._canvas.shape[0], dtype=torch.bool, device=self._canvas.device)
-        self.plan: StepPlan | None = None
+    def __init__(self, req_states: Any, mask_token_id: int, model: Any, vocabulary: int) -> None:
+        self.state = BatchState(req_states.draft_tokens, mask_token_id)
+        self.batched = BatchSampler(self.state, model.project, vocabulary)
+        self._step: tuple[DeviceBatch, StepNeeds] | None = None
         self._new: list[int] = []
+        cuda = self.state.canvas.is_cuda
+        self._left = torch.zeros_like(self.state.left, device="cpu", pin_memory=cuda)
+        self._left_copied = torch.cuda.Event() if cuda else None
 
-    def add_request(self, req_idx: int, sampling_params: Any) -> None:  # noqa: ARG002
-        """Give a request a canvas full of masks before its first step, which may already run it.
+    def add_request(self, req_idx: int, sampling_params: Any) -> None:
+        """Give a request a canvas full of masks before its first step.
 
         :param req_idx: slot
-        :param sampling_params: not used, the model state keeps what the sampler needs
+        :param sampling_params: of the request
         """
         self._new.append(req_idx)
+        self.state.set_stops(req_idx, stops_of(sampling_params))
 
     def apply_staged_writes(self) -> None:
         """Carry out what :meth:`add_request` asked for; the runner calls this before it reads the canvases."""
         if self._new:
-            slots = _to_device(np.array(self._new, np.int64), self._canvas.device)
-            self._canvas[slots] = self._mask
-            self._committing[slots] = False
+            slots = async_tensor_h2d(np.array(self._new, np.int64), device=self.state.canvas.device)
+            self.state.reset(slots)
             self._new.clear()
+
+    def begin(self, batch: DeviceBatch, needs: StepNeeds) -> None:
+        """Set the step that the next call is for.
+
+        :param batch: the step
+        :param needs: what the host knows of it
+        """
+        self._step = batch, needs
+
+    def known_left(self) -> np.ndarray[Any, Any] | None:
+        """How many positions of each slot's block are masked.
+
+        :return: (slots,) int32; None if the device hasn't told yet
+        """
+        if self._left_copied is not None and not self._left_copied.query():
+            return None
+        return self._left.numpy()
 
     def __call__(
         self,
@@ -62,86 +78,30 @@ class DenoisingSampler:
     ) -> SamplerOutput:
         """One denoising step of the batch.
 
-        :param logits: (N, V), the rows that the plan named
+        :param logits: (N, d) hidden states that :meth:`BatchSampler.gather` picked
         :param input_batch: the batch
         :param draft_logits: not used
-        :return: int32 ``sampled_token_ids`` (num_reqs, W), ``num_sampled`` and ``num_rejected`` (num_reqs,)
+        :return: int32 ``sampled_token_ids`` (num_reqs, W), and ``num_sampled``, ``num_rejected`` and ``num_nans``,
+            (num_reqs,) each
         """
-        plan, self.plan = self.plan, None
-        device = self._canvas.device
-        num_reqs = input_batch.num_reqs
-        width = 1 if plan is None else max(plan.widest, 1)
-        sampled = torch.zeros(num_reqs, width, dtype=torch.int32, device=device)
-        num_sampled = torch.zeros(num_reqs, dtype=torch.int32, device=device)
-        num_rejected = torch.zeros(num_reqs, dtype=torch.int32, device=device)
-        num_nans = torch.zeros(num_reqs, dtype=torch.int32, device=device)
-        if plan is not None:
-            if len(plan.idle):
-                self._begin(plan, num_rejected)
-            if len(plan.numbers.slot):
-                self._denoise(plan, logits, sampled, num_sampled, num_rejected, num_nans)
+        step, self._step = self._step, None
+        if step is None:
+            return self._dummy(logits, input_batch.num_reqs)
+        result = self.batched(logits, *step)
+        self._left.copy_(self.state.left, non_blocking=True)
+        if self._left_copied is not None:
+            self._left_copied.record()
         return SamplerOutput(
-            sampled_token_ids=sampled,
+            sampled_token_ids=result.sampled,
             logprobs_tensors=None,
-            num_nans=num_nans,
-            num_sampled=num_sampled,
-            num_rejected=num_rejected,
+            num_nans=result.num_nans,
+            num_sampled=result.num_sampled,
+            num_rejected=result.num_rejected,
         )
 
-    def _begin(self, plan: StepPlan, num_rejected: torch.Tensor) -> None:
-        """Give requests whose prompt has been run a canvas full of masks."""
-        staged = _to_device(np.stack([plan.idle, plan.idle_slots, plan.idle_rejected]), self._canvas.device)
-        self._canvas[staged[1]] = self._mask
-        self._committing[staged[1]] = False
-        num_rejected[staged[0]] = staged[2].to(torch.int32)
-
-    def _denoise(
-        self,
-        plan: StepPlan,
-        logits: torch.Tensor,
-        sampled: torch.Tensor,
-        num_sampled: torch.Tensor,
-        num_rejected: torch.Tensor,
-        num_nans: torch.Tensor,
-    ) -> None:
-        device, widest = logits.device, plan.widest
-        numbers = RequestNumbers(*_to_device(np.stack(plan.numbers, axis=1), device).unbind(1))
-        floats = RequestFloats(*_to_device(np.stack(plan.floats, axis=1), device).unbind(1))
-        row_request, row_column = _to_device(np.stack([plan.row_request, plan.row_column]), device)
-
-        broken = logits.isnan().any(dim=1)
-        num_nans.index_add_(0, numbers.number[row_request], broken.to(torch.int32))
-        tokens, confidence = propose(
-            logits,
-            temperature=floats.temperature[row_request],
-            top_k=numbers.top_k[row_request],
-            top_p=floats.top_p[row_request],
-            remasking=numbers.remasking[row_request],
-            seed=numbers.seed[row_request],
-            step=numbers.noise_step[row_request],
-            position=numbers.start[row_request] + row_column,
-            mask_token_id=self._mask,
-            needs=plan.needs,
-        )
-        canvas = self._canvas[numbers.slot, :widest]
-        masked = (canvas == self._mask) & (torch.arange(widest, device=device) < numbers.width[:, None])
-        grid = torch.full(canvas.shape, -torch.inf, dtype=confidence.dtype, device=device)
-        grid[row_request, row_column] = confidence
-        proposed = canvas.clone()
-        proposed[row_request, row_column] = tokens.to(canvas.dtype)
-        chosen = select_unmask(torch.where(masked, grid, -torch.inf), numbers.to_unmask, floats.threshold)
-        canvas = torch.where(chosen, proposed, canvas)
-
-        finished = ~(masked & ~chosen).any(dim=1)
-        committing = self._committing[numbers.slot]
-        waits = finished & (numbers.commits != 0) & (numbers.is_last == 0) & ~committing
-        emits = finished & ~waits
-        self._committing[numbers.slot] = waits
-        self._canvas[numbers.slot, :widest] = torch.where(emits[:, None], self._mask, canvas)
-        sampled[numbers.number] = canvas.to(torch.int32)
-        num_sampled[numbers.number] = torch.where(emits, numbers.width, 0).to(torch.int32)
-        num_rejected[numbers.number] = torch.where(emits, numbers.rejected_finished, numbers.rejected).to(torch.int32)
-
-
-def _to_device(array: Any, device: torch.device) -> torch.Tensor:
-    return async_tensor_h2d(np.ascontiguousarray(array), device=device)
+    def _dummy(self, hidden: torch.Tensor, num_reqs: int) -> SamplerOutput:
+        """vLLM measures its memory with runs that plan nothing."""
+        self.batched.profile(hidden, self.state.canvas.numel())
+        nothing = torch.zeros(num_reqs, 1, dtype=torch.int32, device=hidden.device)
+        numbers = nothing[:, 0].contiguous()
+        return SamplerOutput(nothing, None, numbers, numbers.clone(), numbers.clone())

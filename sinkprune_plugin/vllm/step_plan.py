@@ -15,67 +15,21 @@ commit     the block; once more when it is finished     start                   
 """
 
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 
+from sinkprune_plugin.sampling.batch_table import Column, floats_of
+from sinkprune_plugin.sampling.batched import StepNeeds
 from sinkprune_plugin.sampling.options import CACHES, REMASKINGS, SamplingOptions
 from sinkprune_plugin.sampling.tokens import Needs
 
-__all__ = ["BatchLayout", "RequestFloats", "RequestNumbers", "SlotTable", "StepPlan"]
+__all__ = ["BatchLayout", "SlotTable", "StepPlan"]
 
 NONE, DUAL, COMMIT = (CACHES.index(name) for name in ("none", "dual", "commit"))
 Ints = np.ndarray[Any, np.dtype[np.int64]]
-Floats = np.ndarray[Any, np.dtype[np.float64]]
-Column = TypeVar("Column")
-
-
-class RequestNumbers(NamedTuple, Generic[Column]):
-    """What the sampler must know of each denoising request: (R,) int64 arrays on the host, tensors on the device.
-
-    The order is that of the columns of the one (R, 13) int64 copy to the device.
-
-    :param slot: its slot
-    :param number: its number in the batch
-    :param width: positions of its block
-    :param to_unmask: tokens to unmask
-    :param seed: its seed
-    :param noise_step: number of the noise's step
-    :param start: position in the sequence at which the block begins
-    :param rejected: query positions to compute again while the block is open
-    :param rejected_finished: query positions to compute again when the block is finished
-    :param remasking: index in ``REMASKINGS``
-    :param top_k: most likely tokens to choose from; 0 for all
-    :param commits: 1 if a finished block has to be run once more for its keys and values
-    :param is_last: 1 if the block is the last
-    """
-
-    slot: Column
-    number: Column
-    width: Column
-    to_unmask: Column
-    seed: Column
-    noise_step: Column
-    start: Column
-    rejected: Column
-    rejected_finished: Column
-    remasking: Column
-    top_k: Column
-    commits: Column
-    is_last: Column
-
-
-class RequestFloats(NamedTuple, Generic[Column]):
-    """As :class:`RequestNumbers`, float64: the columns of an (R, 3) copy to the device.
-
-    :param temperature: of the proposals; 0 takes the most likely token
-    :param threshold: confidence above which a token is unmasked at once; infinite for none
-    :param top_p: probability mass to choose from
-    """
-
-    temperature: Column
-    threshold: Column
-    top_p: Column
+# Columns that stay as they are while a request runs.
+FIXED = slice(Column.SEED, len(Column))
 
 
 @dataclass(frozen=True)
@@ -96,42 +50,21 @@ class BatchLayout:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step of the batch. R denoising requests, N rows of logits that can be unmasked (Σ width).
+    """One step of the batch. N rows of logits are needed: one for each position that may still be masked.
 
-    :param rows: (N,) int64, the rows among all canvas rows of the batch, block by block
-    :param row_request: (N,) int64, number of the row's request among the R
-    :param row_column: (N,) int64, the row's column in its block
-    :param numbers: integers of each denoising request
-    :param floats: numbers of each denoising request that aren't integers
-    :param idle: (K,) int64, numbers in the batch of the requests that only had their prompt run
-    :param idle_slots: (K,) int64, their slots
-    :param idle_rejected: (K,) int64, what they reject
-    :param hidden_suffix: (num_reqs,) int32, positions after the query that attention must see as well
+    :param table: (num_reqs, columns) int64, see :class:`~sinkprune_plugin.sampling.batch_table.Column`
+    :param row_request: (N,) int64, each row's request
+    :param needs: what the sampler must know on the host
     """
 
-    rows: Ints
+    table: np.ndarray[tuple[int, int], np.dtype[np.int64]]
     row_request: Ints
-    row_column: Ints
-    numbers: RequestNumbers[Ints]
-    floats: RequestFloats[Floats]
-    idle: Ints
-    idle_slots: Ints
-    idle_rejected: Ints
-    hidden_suffix: np.ndarray[Any, np.dtype[np.int32]]
+    needs: StepNeeds
 
     @property
-    def widest(self) -> int:
-        """Width of the widest block; 0 if no request denoises."""
-        return int(self.numbers.width.max(initial=0))
-
-    @property
-    def needs(self) -> Needs:
-        """What at least one request needs from the sampler."""
-        return Needs(
-            noise=bool((self.floats.temperature > 0).any()),
-            filters=bool((self.numbers.top_k > 0).any() or (self.floats.top_p < 1).any()),
-            remaskings=frozenset(self.numbers.remasking.tolist()),
-        )
+    def hidden_suffix(self) -> Ints:
+        """(num_reqs,) int64, positions after the query that attention must see as well."""
+        return self.table[:, Column.HIDDEN_SUFFIX]
 
 
 class SlotTable:
@@ -147,14 +80,15 @@ class SlotTable:
         self.gen_length = np.ones(slots, np.int64)
         self.block_length = np.ones(slots, np.int64)
         self.cache = np.zeros(slots, np.int64)
-        self.remasking = np.zeros(slots, np.int64)
-        self.top_k = np.zeros(slots, np.int64)
-        self.seed = np.zeros(slots, np.int64)
-        self.floats = RequestFloats(np.zeros(slots), np.zeros(slots), np.zeros(slots))
-        # Denoising steps of each block, and where the open block begins and how many steps it has had.
+        # How many tokens a step unmasks depends on what the model says.
+        self.dynamic = np.zeros(slots, bool)
+        self.fixed = np.zeros((slots, len(Column)), np.int64)
+        # Denoising steps of each block, and where the open block begins, how many steps it has had and how many of its
+        # positions are masked (at most, if dynamic).
         self.block_steps = np.ones((slots, canvas_length), np.int32)
         self.block_start = np.full(slots, -1, np.int64)
         self.step_in_block = np.zeros(slots, np.int64)
+        self.masked = np.zeros(slots, np.int64)
 
     def add(self, slot: int, prompt_length: int, options: SamplingOptions) -> None:
         """Assign a slot to a request.
@@ -167,16 +101,30 @@ class SlotTable:
         self.gen_length[slot] = options.gen_length
         self.block_length[slot] = options.block_length
         self.cache[slot] = CACHES.index(options.cache)
-        self.remasking[slot] = REMASKINGS.index(options.remasking)
-        self.top_k[slot] = options.top_k
-        self.seed[slot] = options.seed
-        self.floats.temperature[slot] = options.temperature
-        self.floats.threshold[slot] = np.inf if options.threshold is None else options.threshold
-        self.floats.top_p[slot] = options.top_p
+        self.dynamic[slot] = options.threshold is not None or options.factor is not None
+        fixed = self.fixed[slot]
+        fixed[Column.SLOT] = slot
+        fixed[Column.SEED] = options.seed
+        fixed[Column.REMASKING] = REMASKINGS.index(options.remasking)
+        fixed[Column.COMMITS] = options.cache == "commit"
+        fixed[Column.EARLY_STOP] = options.early_stop
+        fixed[Column.TOP_K] = options.top_k
+        floats = fixed.view(np.float64)
+        floats[Column.TEMPERATURE] = options.temperature
+        floats[Column.THRESHOLD] = np.inf if options.threshold is None else options.threshold
+        floats[Column.FACTOR] = options.factor or 0.0
+        floats[Column.TOP_P] = options.top_p
         blocks = len(options.blocks)
         self.block_steps[slot] = 1
         self.block_steps[slot, :blocks] = [options.steps_in_block(block) for block in range(blocks)]
         self.block_start[slot] = -1
+
+    def note_left(self, left: Ints) -> None:
+        """Take over how many positions are really masked, where the host can only tell that there are fewer.
+
+        :param left: (slots,) masked positions of each slot's block after its last step
+        """
+        np.minimum(self.masked, left, out=self.masked, where=self.dynamic)
 
     def plan(self, batch: BatchLayout) -> StepPlan:
         """Plan a step. Counts a step for each denoising request.
@@ -186,56 +134,58 @@ class SlotTable:
         """
         slots, canvas = batch.slots, batch.canvas
         end = batch.computed + batch.query
-        denoising = np.flatnonzero(canvas)
-        idle = np.flatnonzero(canvas == 0)
-        slot, start = slots[denoising], (end - canvas)[denoising]
+        denoises = canvas > 0
+        start = end - canvas
+        prompt, generation, cache = self.prompt_length[slots], self.gen_length[slots], self.cache[slots]
         # Requests that vLLM warms up with run past their generation; they stay within their canvas.
-        offset = np.clip(start - self.prompt_length[slot], 0, self.gen_length[slot] - 1)
-        block = offset // self.block_length[slot]
-        width = np.minimum(np.minimum(self.block_length[slot], self.gen_length[slot] - offset), canvas[denoising])
-        opened = self.block_start[slot] != start
-        step = np.where(opened, 0, self.step_in_block[slot])
-        self.block_start[slot] = start
-        self.step_in_block[slot] = step + 1
-
-        steps = self.block_steps[slot, block]
+        offset = np.clip(start - prompt, 0, generation - 1)
+        length = self.block_length[slots]
+        block = offset // length
+        width = np.minimum(np.minimum(length, generation - offset), canvas)
+        opened = self.block_start[slots] != start
+        step = np.where(opened, 0, self.step_in_block[slots])
+        masked = np.where(opened, width, self.masked[slots])
+        steps = self.block_steps[slots, block]
         count = width // steps + (step < width % steps)
-        cache = self.cache[slot]
+        going = slots[denoises]
+        dynamic = self.dynamic[slots]
+        # One at least is unmasked by threshold and factor.
+        self.masked[going] = np.maximum(masked - np.where(dynamic, 1, count), 0)[denoises]
+        self.block_start[going] = start[denoises]
+        self.step_in_block[going] = step[denoises] + 1
+        rows = np.where(denoises, masked, 0)
+
+        table = self.fixed[slots]
+        table[:, Column.WIDTH] = width
+        table[:, Column.FIRST_ROW] = np.cumsum(rows) - rows
+        table[:, Column.ROWS] = rows
+        table[:, Column.FIRST_HIDDEN] = np.cumsum(canvas) - canvas
+        table[:, Column.COUNT] = count
+        table[:, Column.NOISE_STEP] = offset + step
+        table[:, Column.START] = start
         # To compute everything again, all of it is rejected; to keep what lies before the canvas, the canvas is.
-        everything, only_canvas = end[denoising], canvas[denoising]
-        rejected = np.where(cache == NONE, everything, only_canvas)
-        rejected_when_finished = np.where(cache == COMMIT, only_canvas - width, everything)
-        last = offset + width >= self.gen_length[slot]
-        number = np.arange(len(denoising))
-        row_request = np.repeat(number, width)
-        row_column = np.arange(int(width.sum())) - np.repeat(np.cumsum(width) - width, width)
-        canvas_begin = np.cumsum(canvas) - canvas
-        hidden_suffix = np.zeros(len(slots), np.int32)
-        hidden_suffix[denoising] = np.where(
-            cache == DUAL, np.maximum(self.prompt_length[slot] + self.gen_length[slot] - everything, 0), 0
+        table[:, Column.REJECTED] = np.where(
+            denoises, np.where(cache == NONE, end, canvas), np.where(cache == COMMIT, 0, end)
         )
-        return StepPlan(
-            rows=canvas_begin[denoising][row_request] + row_column,
-            row_request=row_request,
-            row_column=row_column,
-            numbers=RequestNumbers(
-                slot=slot,
-                number=denoising,
-                width=width,
-                to_unmask=count,
-                seed=self.seed[slot],
-                noise_step=offset + step,
-                start=start,
-                rejected=rejected,
-                rejected_finished=rejected_when_finished,
-                remasking=self.remasking[slot],
-                top_k=self.top_k[slot],
-                commits=(cache == COMMIT).astype(np.int64),
-                is_last=last.astype(np.int64),
-            ),
-            floats=RequestFloats(*(column[slot] for column in self.floats)),
-            idle=idle,
-            idle_slots=slots[idle],
-            idle_rejected=np.where(self.cache[slots[idle]] == COMMIT, 0, end[idle]),
-            hidden_suffix=hidden_suffix,
+        table[:, Column.REJECTED_FINISHED] = np.where(cache == COMMIT, canvas - width, end)
+        table[:, Column.IS_LAST] = offset + width >= generation
+        table[:, Column.HIDDEN_SUFFIX] = np.where(
+            (cache == DUAL) & denoises, np.maximum(prompt + generation - end, 0), 0
+        )
+        row_request = np.repeat(np.arange(len(slots)), rows)
+        return StepPlan(table, row_request, self._needs(table, row_request, int(width.max(initial=0))))
+
+    def _needs(self, table: Ints, row_request: Ints, widest: int) -> StepNeeds:
+        floats = floats_of(table)
+        denoises = table[:, Column.WIDTH] > 0
+        hot = denoises & (floats[:, Column.TEMPERATURE] > 0)
+        # The most likely token always passes: without a temperature a filter changes nothing.
+        filters = hot & ((table[:, Column.TOP_K] > 0) | (floats[:, Column.TOP_P] < 1))
+        filtered = np.flatnonzero(filters[row_request]) if filters.any() else np.zeros(0, np.int64)
+        kinds = frozenset(table[denoises, Column.REMASKING].tolist())
+        return StepNeeds(
+            widest=widest,
+            proposals=Needs(noise=bool(hot.any()), filters=len(filtered) > 0, remaskings=kinds),
+            filtered=filtered,
+            stops=bool((table[:, Column.EARLY_STOP] > 0).any()),
         )

@@ -101,6 +101,7 @@ def plain_denoise(
     temperature=0.0,
     remasking="low_confidence",
     threshold=None,
+    factor=None,
     seed=0,
 ):
     """LLaDA's sampler for one prompt (P,), in ``blocks`` of [begin, end) with ``steps`` each; the canvas (G,).
@@ -116,7 +117,7 @@ def plain_denoise(
         masks = last - first
         # Published: as many in each step, one more in the first ones if there is a remainder.
         transfers = [masks // block_steps + (i < masks % block_steps) for i in range(block_steps)]
-        for step in range(masks if threshold is not None else block_steps):
+        for step in range(block_steps if threshold is None and factor is None else masks):
             masked = x == mask
             if not masked[:, begin:end].any():
                 break
@@ -141,7 +142,12 @@ def plain_denoise(
                 sure = torch.where(p > 0, p * p.log(), 0).sum(-1)
             sure[:, end:] = -torch.inf
             sure[~masked] = -torch.inf
-            if threshold is None:
+            if factor is not None:
+                # The largest n with (n + 1) (1 - c_n) < f, at least 1.
+                c = sure[0].sort(descending=True)
+                take = [n for n in range(1, masks + 1) if (n + 1) * (1 - c.values[n - 1]) < factor]
+                chosen = c.indices[: max(take, default=1)]
+            elif threshold is None:
                 chosen = sure[0].topk(transfers[step]).indices
             else:
                 chosen = (sure[0] > threshold).nonzero()[:, 0]

@@ -79,6 +79,8 @@ PUBLISHED = {
         "seed": 2**62,
     },
     "threshold": {"gen_length": 32, "block_length": 16, "threshold": 0.4},
+    "factor": {"gen_length": 32, "block_length": 16, "factor": 1.2},
+    "factor, sampled": {"gen_length": 32, "block_length": 16, "factor": 0.8, "temperature": 0.5, "seed": 2},
     # The second block's noise must be counted from its own beginning, however many steps the first one took.
     "threshold, sampled": {"gen_length": 32, "block_length": 16, "threshold": 0.4, "temperature": 0.5, "seed": 2},
 }
@@ -260,3 +262,28 @@ def test_bfloat16_models_run(text):
     assert model.dtype == torch.bfloat16
     for cache in ["none", *CACHED]:
         assert len(one(model, text[0, :9], gen_length=16, block_length=8, cache=cache)) == 16
+
+
+@pytest.mark.parametrize("cache", ["none", *CACHED])
+@pytest.mark.parametrize("changes", [{}, {"threshold": 0.3}, {"factor": 1.0}])
+def test_stopping_early_saves_steps_and_nothing_else(embedded, random_models, text, cache, changes):
+    options = {"gen_length": 24, "block_length": 12, "cache": cache, **changes}
+    saved = 0
+    for model, prompts in (
+        (embedded, [text[0, :20], text[1, :20], text[2, 30:50]]),
+        (random_models["dream"], [random_prompt(number, 9) for number in range(3)]),
+    ):
+        batch = torch.stack(prompts)
+        # A token that comes inside of the first prompt's first block; its row leaves the batch in the middle of it.
+        end = int(one(model, prompts[0], **options)[5])
+        full = denoise(model, batch, eos_token_ids=[end], **options)
+        early = denoise(model, batch, eos_token_ids=[end], early_stop=True, **options)
+        assert [tokens.tolist() for tokens in early.sequences] == [tokens.tolist() for tokens in full.sequences]
+        assert len(early.sequences[0]) <= 6
+        forwards = [
+            denoise(model, prompts[0], eos_token_ids=[end], early_stop=stop, **options).forwards
+            for stop in (False, True)
+        ]
+        assert forwards[1] <= forwards[0]
+        saved += forwards[0] - forwards[1]
+    assert saved > 0

@@ -60,9 +60,19 @@ def parse_message(**options):
         ({"threshold": 1.01}, "dlm_threshold 1.01 is out of range; use a number above 0 and up to 1"),
         (
             {"threshold": 0.9, "remasking": "entropy"},
-            "dlm_threshold 0.9 is a probability, which entropies aren't compared with; use dlm_remasking "
-            "low_confidence with it",
+            "dlm_threshold 0.9 is for probabilities, not entropies; use dlm_remasking low_confidence with it",
         ),
+        (
+            {"factor": 1, "remasking": "entropy"},
+            "dlm_factor 1 is for probabilities, not entropies; use dlm_remasking low_confidence with it",
+        ),
+        ({"factor": 0}, "dlm_factor 0 is out of range; use a number above 0"),
+        ({"factor": math.inf}, "dlm_factor inf is out of range; use a number above 0"),
+        (
+            {"factor": 1.5, "threshold": 0.9},
+            "dlm_threshold 0.9 and dlm_factor 1.5 are two rules for the same choice; leave one out",
+        ),
+        ({"early_stop": 1}, "dlm_early_stop 1 isn't true or false; use one of these"),
         ({"cfg_scale": -1}, "dlm_cfg_scale -1 is out of range; use a number from 0"),
         ({"cfg_scale": math.inf}, "dlm_cfg_scale inf is out of range; use a number from 0"),
         (
@@ -196,6 +206,7 @@ def test_none_is_not_given():
         ({"dlm_steps": [8]}, "dlm_steps [8] isn't a whole number; use one from 1 to 2147483647"),
         ({"dlm_temperature": "nan"}, "dlm_temperature 'nan' isn't a number; send one in digits"),
         ({"dlm_temperature": "1e999"}, "dlm_temperature inf is out of range; use a number from 0 and up to 100"),
+        ({"dlm_early_stop": "yes"}, "dlm_early_stop 'yes' isn't true or false; use one of these"),
         ({"dlm_threshold": "high"}, "dlm_threshold 'high' isn't a number; send one in digits"),
     ],
 )
@@ -227,3 +238,16 @@ def test_whatever_a_client_sends_gives_options_or_one_line(given_options, max_to
         message = str(error)
     # splitlines knows more separators than \n: none of them may reach a log either.
     assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [True, "true", "True", 1, "1"])
+def test_early_stop_over_http(value):
+    assert parse_options({"dlm_early_stop": value}, max_tokens=8).early_stop is True
+    off = parse_options({"dlm_early_stop": "false", "dlm_factor": "1.5"}, max_tokens=8)
+    assert (off.early_stop, off.factor) == (False, 1.5)
+
+
+@pytest.mark.parametrize("changes", [{"threshold": 0.9}, {"factor": 1.0}, {"early_stop": True}])
+def test_whether_the_number_of_steps_is_known(changes):
+    assert SamplingOptions.resolve(gen_length=8).fixed_steps
+    assert not SamplingOptions.resolve(gen_length=8, **changes).fixed_steps

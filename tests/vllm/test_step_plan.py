@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from sinkprune_plugin.sampling.batch_table import Column
 from sinkprune_plugin.sampling.options import SamplingOptions
-from sinkprune_plugin.vllm.step_plan import BatchLayout, RequestNumbers, SlotTable
+from sinkprune_plugin.vllm.step_plan import BatchLayout, SlotTable
 
 SLOTS = 4
 CANVAS = 64
@@ -24,8 +25,8 @@ def tell(cache, prompt, gen_length, block_length, steps):
     options = SamplingOptions.resolve(gen_length=gen_length, block_length=block_length, steps=steps, cache=cache)
     table.add(2, prompt, options)
     plan = table.plan(layout((2, 0, prompt, 0)))
-    computed = prompt - int(plan.idle_rejected[0])
-    assert len(plan.numbers.slot) == 0
+    assert plan.table[0, Column.WIDTH] == len(plan.row_request) == 0
+    computed = prompt - int(plan.table[0, Column.REJECTED])
     emitted, masked, committing, story = 0, None, False, []
     while emitted < gen_length:
         remaining = gen_length - emitted
@@ -33,24 +34,26 @@ def tell(cache, prompt, gen_length, block_length, steps):
         canvas = remaining if whole else min(block_length, remaining)
         query = prompt + emitted + canvas - computed
         plan = table.plan(layout((2, computed, query, canvas)))
-        (request,) = (RequestNumbers(*row) for row in np.stack(plan.numbers, axis=1).tolist())
+        request = dict(zip(Column, plan.table[0].tolist(), strict=True))
         width = min(block_length, remaining)
-        assert (request.slot, request.number, request.width, request.start) == (2, 0, width, prompt + emitted)
-        assert plan.rows.tolist() == list(range(width))
-        assert plan.row_column.tolist() == list(range(width))
+        assert (request[Column.SLOT], request[Column.WIDTH], request[Column.START]) == (2, width, prompt + emitted)
+        # Logits for what is masked and nothing else; the host knows where the number of steps is fixed.
+        expected = 0 if committing else (width if masked is None else masked)
+        assert plan.row_request.tolist() == [0] * expected
+        assert request[Column.ROWS] == expected
         assert int(plan.hidden_suffix[0]) == (0 if cache != "dual" else prompt + gen_length - computed - query)
         masked = width if masked is None else masked
-        unmasked = 0 if committing else min(request.to_unmask, masked)
+        unmasked = 0 if committing else min(request[Column.COUNT], masked)
         if not committing:
-            assert emitted <= request.noise_step < emitted + width
+            assert emitted <= request[Column.NOISE_STEP] < emitted + width
         story.append((computed, query, canvas, unmasked))
         masked -= unmasked
-        waits = masked == 0 and cache == "commit" and not committing and not request.is_last
+        waits = masked == 0 and cache == "commit" and not committing and not request[Column.IS_LAST]
         if masked == 0 and not waits:
-            computed += query - request.rejected_finished
+            computed += query - request[Column.REJECTED_FINISHED]
             emitted, masked, committing = emitted + width, None, False
         else:
-            computed += query - request.rejected
+            computed += query - request[Column.REJECTED]
             committing = waits
     return story
 
@@ -91,18 +94,20 @@ def test_requests_of_all_kinds_side_by_side():
     for slot, cache in enumerate(("none", "prefix", "dual", "commit")):
         table.add(slot, 4, SamplingOptions.resolve(gen_length=8, block_length=4, steps=4, cache=cache, seed=slot))
     plan = table.plan(layout((3, 4, 4, 4), (1, 0, 12, 8), (0, 0, 4, 0), (2, 0, 12, 8)))
-    assert plan.idle.tolist() == [2]
-    assert plan.idle_slots.tolist() == [0]
-    assert plan.idle_rejected.tolist() == [4]
-    # Canvas rows lie one request after the other: 4, 8 and 8 of them; the first 4 of each are the block.
-    assert plan.rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 15]
-    assert plan.row_request.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert plan.numbers.number.tolist() == [0, 1, 3]
-    assert plan.numbers.seed.tolist() == [3, 1, 2]
+    assert plan.table[:, Column.WIDTH].tolist() == [4, 4, 0, 4]
+    assert plan.table[2, Column.REJECTED] == 4
+    # Canvas rows lie one request after the other: 4, 8, none and 8 of them.
+    assert plan.table[:, Column.FIRST_HIDDEN].tolist() == [0, 4, 12, 12]
+    assert plan.row_request.tolist() == [0] * 4 + [1] * 4 + [3] * 4
+    assert plan.table[:, Column.FIRST_ROW].tolist() == [0, 4, 8, 8]
+    assert plan.table[:, Column.SLOT].tolist() == [3, 1, 0, 2]
+    assert plan.table[:, Column.SEED].tolist() == [3, 1, 0, 2]
     assert plan.hidden_suffix.tolist() == [0, 0, 0, 0]
     plan = table.plan(layout((2, 4, 4, 4)))
     assert plan.hidden_suffix.tolist() == [4]
-    assert plan.numbers.noise_step[0] == 1
+    assert plan.table[0, Column.NOISE_STEP] == 1
+    # Two of its four are unmasked by now.
+    assert plan.table[0, Column.ROWS] == 2
 
 
 def test_a_slot_that_is_given_away_begins_anew():
@@ -111,9 +116,9 @@ def test_a_slot_that_is_given_away_begins_anew():
     table.add(0, 4, options)
     first = table.plan(layout((0, 0, 12, 8)))
     second = table.plan(layout((0, 0, 12, 8)))
-    assert (first.numbers.noise_step[0], second.numbers.noise_step[0]) == (0, 1)
+    assert (first.table[0, Column.NOISE_STEP], second.table[0, Column.NOISE_STEP]) == (0, 1)
     table.add(0, 4, options)
-    assert table.plan(layout((0, 0, 12, 8))).numbers.noise_step[0] == 0
+    assert table.plan(layout((0, 0, 12, 8))).table[0, Column.NOISE_STEP] == 0
 
 
 def test_warm_up_requests_run_past_their_generation():
@@ -122,5 +127,37 @@ def test_warm_up_requests_run_past_their_generation():
     table.add(1, CANVAS + 1, SamplingOptions.resolve(gen_length=CANVAS, block_length=32))
     for computed in (CANVAS + 1, 2 * CANVAS + 1, 3 * CANVAS + 1):
         plan = table.plan(layout((1, computed, CANVAS, CANVAS)))
-        assert plan.widest <= CANVAS
-        assert plan.rows.max() < CANVAS
+        assert plan.needs.widest <= CANVAS
+        assert plan.table[0, Column.ROWS] <= CANVAS
+
+
+@pytest.mark.parametrize("rule", [{"threshold": 0.9}, {"factor": 1.0}])
+def test_rows_of_a_request_whose_model_decides(rule):
+    """At most as many as can be masked still, and exactly as many once the device has told."""
+    table = SlotTable(SLOTS, CANVAS)
+    table.add(1, 4, SamplingOptions.resolve(gen_length=16, block_length=8, **rule))
+    table.add(2, 4, SamplingOptions.resolve(gen_length=16, block_length=8, steps=4))
+    step = layout((1, 0, 20, 16), (2, 0, 20, 16))
+    assert table.plan(step).table[:, Column.ROWS].tolist() == [8, 8]
+    assert table.plan(step).table[:, Column.ROWS].tolist() == [7, 4]
+    table.note_left(np.array([9, 3, 9, 9]))
+    assert table.plan(step).table[:, Column.ROWS].tolist() == [3, 0]
+    # The next block.
+    assert table.plan(layout((1, 0, 20, 8))).table[:, Column.ROWS].tolist() == [8]
+
+
+def test_what_the_sampler_needs():
+    table = SlotTable(SLOTS, CANVAS)
+    table.add(0, 4, SamplingOptions.resolve(gen_length=4, top_k=5))
+    table.add(1, 4, SamplingOptions.resolve(gen_length=4, temperature=1.0, remasking="margin"))
+    table.add(2, 4, SamplingOptions.resolve(gen_length=4, temperature=1.0, top_p=0.9, early_stop=True))
+    needs = table.plan(layout((0, 0, 8, 4))).needs
+    # Without a temperature a filter leaves the most likely token as it is.
+    assert (needs.proposals.noise, needs.proposals.filters, needs.stops) == (False, False, False)
+    needs = table.plan(layout((1, 0, 8, 4), (0, 0, 8, 4))).needs
+    assert (needs.proposals.noise, needs.proposals.filters) == (True, False)
+    assert needs.proposals.remaskings == {0, 2}
+    needs = table.plan(layout((1, 4, 4, 4), (2, 0, 8, 4), (0, 0, 4, 0))).needs
+    assert needs.filtered.tolist() == [3, 4, 5, 6]
+    assert needs.stops
+    assert needs.widest == 4

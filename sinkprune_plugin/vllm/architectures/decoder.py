@@ -66,12 +66,13 @@ def run_decoder(
 class DenoisingLM(nn.Module, SupportsQuant, ABC):
     """A decoder with its vocabulary projection; subclasses say where the two are and how tensors are named.
 
-    ``block_rows``, set by the model state before each step, names the rows whose logits are needed; None for all.
+    ``pick_rows``, set by the model state, takes the place of the projection: the sampler projects what it picks, in
+    chunks.
     """
 
     hf_to_vllm_mapper: WeightsMapper
     packed_modules_mapping: dict[str, list[str]]
-    block_rows: torch.Tensor | None = None
+    pick_rows: Callable[[torch.Tensor], torch.Tensor] | None = None
     logits_processor: LogitsProcessor
 
     @staticmethod
@@ -126,14 +127,23 @@ class DenoisingLM(nn.Module, SupportsQuant, ABC):
         return hidden_states if shift is None else shift(hidden_states)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Project onto the vocabulary, or pick the rows that the sampler will project.
+
+        :param hidden_states: (T, d)
+        :return: (T, embedding rows) logits, or (rows, d) hidden states that ``pick_rows`` picked
+        """
+        return self.project(hidden_states) if self.pick_rows is None else self.pick_rows(hidden_states)
+
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Project onto the vocabulary.
 
         :param hidden_states: (T, d)
-        :return: (rows, embedding rows), the rows that ``block_rows`` names; None on ranks that don't gather
+        :return: (T, embedding rows)
         """
-        if self.block_rows is not None:
-            hidden_states = hidden_states[self.block_rows]
-        return self.logits_processor(self.head, hidden_states, self.head.bias)
+        logits = self.logits_processor(self.head, hidden_states, self.head.bias)
+        # None on ranks that don't gather; all do, since each runs the sampler.
+        assert logits is not None
+        return logits
 
     def checkpoint_names(self) -> set[str]:
         """Names that the weights and biases of this model have in a checkpoint; quantized ones may be missing."""
