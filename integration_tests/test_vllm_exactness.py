@@ -123,6 +123,28 @@ def test_everything_mixed_in_one_batch(engine, plain, text_ids):
     check(engine, plain, requests)
 
 
+def test_factor_and_early_stop(engine, plain, text_ids):
+    """Steps whose number depends on what the model says, in every cache, each alone and all together."""
+    rng = random.Random(3)
+    requests = []
+    for number in range(12):
+        rule = (
+            {"factor": 1.3},
+            {"early_stop": True, "stop": (COMMA,)},
+            {"factor": 0.8, "early_stop": True, "stop": (COMMA,)},
+        )
+        options = {"cache": CACHES[number % 4], "block_length": 16, **rule[number // 4]}
+        requests.append((prompt_of(text_ids, rng.randrange(1, 60), rng), 48, options))
+    check(engine, plain, requests)
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    steps = []
+    for early in (False, True):
+        before = scheduler.current_step
+        check(engine, plain, [(text_ids[:20], 24, {"block_length": 24, "stop": (COMMA,), "early_stop": early})])
+        steps.append(scheduler.current_step - before)
+    assert steps[1] < steps[0]
+
+
 def test_noise_changes_with_the_seed_and_not_with_the_batch(engine, text_ids):
     prompt = text_ids[:20]
     one = params(24, temperature=1.0, seed=3)

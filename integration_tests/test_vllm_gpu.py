@@ -12,6 +12,7 @@ import torch
 from sparse_models import prune_2_of_4
 from unequal_blocks import make_unequal
 from vllm_engine import make_engine
+from vllm_program import serve
 
 from sinkprune_plugin.formats import convert_checkpoint
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
@@ -108,3 +109,141 @@ def test_throughput_script():
     summary = json.loads(done.stdout.strip().splitlines()[-1])
     assert {row["side"] for row in summary["rows"]} == {"plain loop", *CACHES}
     assert [row["weights"] for row in summary["gpu_2of4"]] == ["dense", "sparse"]
+
+
+def kept(result, measured, name):
+    measured[name] = {key: value for key, value in result.items() if key != "tokens"}
+    return result["tokens"]
+
+
+def test_default_configuration_in_every_cache(measured):
+    """No option of the engine but the dtype: graphs, canvas and batch are what a user gets. A block of the whole canvas
+    makes all queries of a step equally wide, which is what full graphs would have been taken for."""
+    for cache in CACHES:
+        every = {"cache": cache, "block_length": 64, "steps": 32}
+        result = serve(
+            EMBEDDED_MODEL, {"dtype": "bfloat16", "diffusion_config": {"canvas_length": 64}}, [every], length=64
+        )
+        assert result["canvas"] == 64
+        assert "FULL" not in result["graphs"]
+        default = serve(EMBEDDED_MODEL, {"dtype": "bfloat16"}, [every | {"block_length": 32}], length=64)
+        for name, found in (("canvas = max_tokens", result), ("default", default)):
+            tokens = kept(found, measured, f"{cache}, {name}")
+            assert all(len(answer) == 64 for answer in tokens)
+
+
+def test_the_engine_never_waits_for_the_device():
+    """vLLM raises where the host waits in the middle of a step."""
+    options = [{"cache": cache, "block_length": 16, "temperature": 0.5 * number} for number, cache in enumerate(CACHES)]
+    result = serve(EMBEDDED_MODEL, {"dtype": "bfloat16"}, options, VLLM_GPU_SYNC_CHECK="error")
+    assert all(len(answer) == 32 for answer in result["tokens"])
+
+
+def test_two_starts_with_one_compile_cache(tmp_path, measured):
+    options = [{"block_length": 16, "cache": cache} for cache in CACHES]
+    runs = [serve(EMBEDDED_MODEL, {"dtype": "bfloat16"}, options, VLLM_CACHE_ROOT=str(tmp_path)) for _ in range(2)]
+    first, second = (kept(run, measured, f"start {number + 1}") for number, run in enumerate(runs))
+    assert first == second
+
+
+def eight_billion(folder, layers, changes=None):
+    """LLaDA-8B with fewer layers and random weights: widths, heads of 128 and vocabulary are its own."""
+    from sinkprune_plugin.models.llada.configuration_llada import LLaDAConfig
+    from sinkprune_plugin.models.llada.modeling_llada import LLaDAModelLM
+
+    torch.manual_seed(0)
+    config = LLaDAConfig(
+        vocab_size=126_464,
+        embedding_size=126_464,
+        d_model=4096,
+        n_layers=layers,
+        n_heads=32,
+        mlp_hidden_size=12_288,
+        max_sequence_length=4096,
+        mask_token_id=126_336,
+        eos_token_id=126_081,
+        pad_token_id=126_081,
+        architectures=["LLaDAModelLM"],
+        **(changes or {}),
+    )
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = LLaDAModelLM(config)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    if folder is not None:
+        model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Four layers of LLaDA-8B dense, 2:4 and with a third fewer MLP channels."""
+    from sinkprune_plugin.models.decoder_blocks import block_linears
+
+    root = tmp_path_factory.mktemp("large")
+    model = eight_billion(root / "dense", 4)
+    for module in block_linears(model).values():
+        groups = module.weight.data.view(-1, 4)
+        module.weight.data = groups.scatter(1, groups.float().abs().topk(2, largest=False).indices, 0).view(
+            module.weight.shape
+        )
+    model.save_pretrained(root / "two_of_four")
+    del model
+    torch.cuda.empty_cache()
+    convert_checkpoint(root / "two_of_four", root / "sparse", "sparse-24-bitmask", progress=False)
+    eight_billion(root / "structured", 4, {"mlp_hidden_size": 8192})
+    torch.cuda.empty_cache()
+    return root
+
+
+def test_tokens_per_second_with_the_geometry_of_eight_billion(large, measured):
+    engine = {"dtype": "bfloat16", "skip_tokenizer_init": True, "gpu_memory_utilization": 0.5}
+    for cache in CACHES:
+        for kind in ("dense", "two_of_four", "sparse", "structured"):
+            options = [{"cache": cache, "block_length": 32, "steps": 64}]
+            tokens = kept(serve(large / kind, engine, options, length=128, batch=32), measured, f"{cache}, {kind}")
+            assert all(len(answer) == 128 for answer in tokens)
+
+
+def test_peak_memory_at_defaults(tmp_path, measured):
+    """All 32 layers, weights that are never read from disk; everything else as vLLM sets it."""
+    folder = tmp_path / "config"
+    eight_billion(None, 1).config.save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_layers": 32}))
+    engine = {"dtype": "bfloat16", "skip_tokenizer_init": True, "load_format": "dummy"}
+    result = serve(folder, engine, [{"block_length": 32, "steps": 32}], length=128, batch=32)
+    assert all(len(answer) == 128 for answer in kept(result, measured, "LLaDA-8B"))
+    assert result["peak_bytes"] <= 0.95 * torch.cuda.get_device_properties(0).total_memory
+
+
+def test_fp8(large, measured):
+    engine = {"dtype": "bfloat16", "skip_tokenizer_init": True, "gpu_memory_utilization": 0.5, "quantization": "fp8"}
+    tokens = kept(serve(large / "dense", engine, [{"block_length": 32}], length=64), measured, "fp8")
+    assert all(len(answer) == 64 for answer in tokens)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_give_the_tokens_of_one(measured):
+    options = [{"block_length": 16, "cache": cache} for cache in CACHES]
+    runs = [
+        serve(EMBEDDED_MODEL, {"dtype": "float32", "tensor_parallel_size": size}, options, TRITON_F32_DEFAULT="ieee")
+        for size in (1, 2)
+    ]
+    one, two = (kept(run, measured, f"{number + 1} GPU") for number, run in enumerate(runs))
+    # Partial sums are added in another order; float32.
+    assert agreement(one, two) >= 0.97
+
+
+def test_preemption_on_a_gpu():
+    """Room for two of eight requests: as in test_vllm_exactness, which compares tokens with the plain sampler's."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "integration_tests/test_vllm_exactness.py", "-k", "preempt"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

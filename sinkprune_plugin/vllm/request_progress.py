@@ -44,7 +44,7 @@ class RequestProgress:
     @property
     def fixed(self) -> bool:
         """Whether the number of steps of each block is known in advance."""
-        return self.options.threshold is None
+        return self.options.fixed_steps
 
     @property
     def length(self) -> int:
