@@ -211,7 +211,18 @@ def _nonsense(rng):
     junk = [None, True, -1, 0, 10**30, 1.5, float(10**300), "", "x" * 50, [], [1, "a"], {"a": 1}, "８", "1e400", "-0"]
     body = {"model": "tiny", "prompt": "Congress", "max_tokens": 8}
     kind = rng.randrange(4)
-    options = ["block_length", "steps", "gen_length", "cache", "temperature", "remasking", "threshold", "seed"]
+    options = [
+        "block_length",
+        "steps",
+        "gen_length",
+        "cache",
+        "temperature",
+        "remasking",
+        "threshold",
+        "factor",
+        "early_stop",
+        "seed",
+    ]
     if kind == 0:
         # One option with an invalid value.
         wrong = ["", "x" * 50, [1, "a"], -1, 10**30, "８", "1e400", "nan", "-3"]

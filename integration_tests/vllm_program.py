@@ -42,7 +42,8 @@ wait_for_device(); taken = time.perf_counter() - begun
 config = llm.llm_engine.vllm_config
 print(json.dumps({
     "tokens": [list(output.outputs[0].token_ids) for output in outputs], "start_s": ready - started,
-    "tokens_per_s": length * len(prompts) / taken, "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+    "tokens_per_s": length * len(prompts) / taken,
+    "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
     "graphs": str(config.compilation_config.cudagraph_mode), "canvas": config.diffusion_config.canvas_length,
     "max_num_seqs": config.scheduler_config.max_num_seqs, "async": config.scheduler_config.async_scheduling}))
 """
