@@ -170,6 +170,7 @@ def test_the_named_recipes_exist():
         "sink_aware_admm_fp8",
         "sink_aware_structured",
         "sink_aware_structured_then_2of4",
+        "sink_aware_admm_searched",
         "wanda_as_published",
         "sparsegpt_as_published",
     }

@@ -3,7 +3,6 @@
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,10 +12,10 @@ from llmcompressor.utils.metric_logging import CompressionLogger
 from loguru import logger
 from pydantic import PrivateAttr
 
-from sinkprune_plugin.diffusion import resolve_diffusion, timestep_weight
+from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers import distributed
-from sinkprune_plugin.modifiers.block_sparsities import allocate
+from sinkprune_plugin.modifiers.block_sparsities import in_text, resolve_blocks
 from sinkprune_plugin.modifiers.calibration import CalibrationBatch, calibration_context, collect_batches
 from sinkprune_plugin.modifiers.fields import SinkAwareFields
 from sinkprune_plugin.modifiers.finite_check import FiniteCheck
@@ -61,6 +60,7 @@ class SinkAwareModifierBase(SinkAwareFields):
     _zeros: int = PrivateAttr(default=0)
     _weights: int = PrivateAttr(default=0)
     _done: bool = PrivateAttr(default=False)
+    _block_sparsities: list[float] | None = PrivateAttr(default=None)
 
     # ---- lifecycle
 
@@ -81,20 +81,15 @@ class SinkAwareModifierBase(SinkAwareFields):
         for target in self._targets:
             require_prunable_dtype(target)
             self._structure.check_columns(target.name, target.module.in_features)
-        blocks = blocks_at_its_turn(self, len(self._blocks))
-        if isinstance(self.sparsity, list) and len(self.sparsity) != blocks:
-            raise UsageError(
-                f"sparsity has {len(self.sparsity)} values, but the model has {blocks} decoder blocks; "
-                "give one value, or one value for each block"
-            )
         if state.data.calib is None:
             collect_batches(None)
-        if self.allocation != "uniform" and isinstance(self.sparsity, float):
+        if self.sparsity is not None:
+            blocks = blocks_at_its_turn(self, len(self._blocks))
             left = [target for target in self._targets if target.block is None or target.block < blocks]
-            values = allocate(self.sparsity, self.allocation, self.allocation_spread, left, blocks)
-            # Plain assignment would run validation again, which refuses the two together.
-            self.__dict__.update(sparsity=values, allocation="uniform")
-            logger.info(f"{type(self).__name__}: sparsity by block {', '.join(f'{value:.3f}' for value in values)}")
+            values = resolve_blocks(self.sparsity, self.allocation, self.allocation_spread, left, blocks)
+            if isinstance(self.allocation, str) and values is not None and isinstance(self.sparsity, float):
+                self._settle(values, self.allocation)
+            self._block_sparsities = values
         return True
 
     def on_calibration_start(self, state: State, event: Event, **_kwargs: Any) -> None:  # noqa: ARG002
@@ -118,7 +113,7 @@ class SinkAwareModifierBase(SinkAwareFields):
         tokens = sum(batch.input_ids.numel() for batch in self._batches)
         estimate = self.estimate(state.model, len(self._batches), tokens)
         logger.info(f"{type(self).__name__}: {estimate}")
-        check_room(estimate.hidden_bytes, self.hidden_states)
+        self._check_room(state.model, estimate)
         try:
             with calibration_context(state.model):
                 self._calibrate_and_prune(engine)
@@ -152,6 +147,10 @@ class SinkAwareModifierBase(SinkAwareFields):
                 brought_in_bytes=brought_in_bytes(model, self._blocks, len(sweeps)),
             )
 
+    def _check_room(self, model: torch.nn.Module, estimate: RunEstimate) -> None:  # noqa: ARG002
+        # Before the first pass.
+        check_room(estimate.hidden_bytes, self.hidden_states)
+
     def on_finalize(self, state: State, **_kwargs: Any) -> bool:
         """Drop hooks and references, and settle what saving the model will write.
 
@@ -177,6 +176,17 @@ class SinkAwareModifierBase(SinkAwareFields):
         :raises UsageError: if there are none
         """
         self._targets, self._blocks = resolve_targets(model, list(self.targets), self.ignore)
+
+    def _settle(self, values: list[float], note: str) -> None:
+        """Take sparsities of the blocks that an allocation led to, also into the saved recipe.
+
+        :param values: one for each block
+        :param note: how they came about
+        """
+        # Plain assignment would run validation again.
+        self.__dict__.update(allocation=values, allocation_note=note)
+        self._block_sparsities = values
+        logger.info(f"{type(self).__name__}: sparsity by block {in_text(values)} ({note})")
 
     # ---- for the subclasses
 
@@ -255,22 +265,6 @@ class SinkAwareModifierBase(SinkAwareFields):
         assert self._corruption is not None  # set in on_initialize
         return corrupted_passes(self._batches, self._grid, self._corruption)
 
-    def _without_sinks(self, passes: Sequence[CalibrationPass], masks: Sequence[torch.Tensor]) -> list[CalibrationPass]:
-        """Give corrupted passes the weights of their tokens and timesteps.
-
-        :param passes: the corrupted passes, all timesteps of a batch one after the other
-        :param masks: one (B, S, T) float32 mask for each batch
-        :return: the same passes, each token with 1 − m of its own timestep
-        """
-        weighted = []
-        for number, each in enumerate(passes):
-            index, step = divmod(number, len(self._grid))
-            mask = masks[index][:, step]
-            weights = each.row_weights.to(mask.device) * (1.0 - mask)
-            scale = timestep_weight(self._grid[step], self.timestep_weighting)
-            weighted.append(replace(each, row_weights=weights, square_scale=scale))
-        return weighted
-
     # ---- statistics, solver, weights
 
     def _prune_in_one_sweep(
@@ -347,13 +341,7 @@ class SinkAwareModifierBase(SinkAwareFields):
         :param targets: the targets
         :param leaders: target name → name under which its statistics were gathered
         """
-        served = {leader: [t for t in targets if leaders[t.name] == leader] for leader in sorted(set(leaders.values()))}
-        owners = distributed.assign_owners(list(served), lambda leader: solving_cost(served[leader]))
-        # All sums first, so that the processes then solve in parallel.
-        statistics = {leader: self._take_statistics(leader) for leader in served}
-        for leader in served:
-            for tensor in statistics[leader]:
-                distributed.reduce_to_owner(tensor, owners[leader])
+        served, owners, statistics = self._summed_statistics(targets, leaders)
         solved: dict[str, torch.Tensor] = {}
         with distributed.failing_together(), torch.no_grad():
             for leader, group in served.items():
@@ -371,6 +359,19 @@ class SinkAwareModifierBase(SinkAwareFields):
                 self._zeros += int((weight == 0).sum())
                 self._weights += weight.numel()
 
+    def _summed_statistics(
+        self, targets: Sequence[PruningTarget], leaders: dict[str, str]
+    ) -> tuple[dict[str, list[PruningTarget]], dict[str, int], dict[str, list[torch.Tensor]]]:
+        """Sum complete statistics; by leader: targets, the process that solves for them, and the sums, which it has."""
+        served = {leader: [t for t in targets if leaders[t.name] == leader] for leader in sorted(set(leaders.values()))}
+        owners = distributed.assign_owners(list(served), lambda leader: solving_cost(served[leader]))
+        # All sums first, so that the processes then solve in parallel.
+        statistics = {leader: self._take_statistics(leader) for leader in served}
+        for leader in served:
+            for tensor in statistics[leader]:
+                distributed.reduce_to_owner(tensor, owners[leader])
+        return served, owners, statistics
+
     def _solved(self, target: PruningTarget, solver: Solver) -> torch.Tensor:
         """Prune one weight, and log time and loss as llm-compressor does."""
         with align_module_device(target.module), CompressionLogger(target.module) as metrics:
@@ -379,14 +380,10 @@ class SinkAwareModifierBase(SinkAwareFields):
         return pruned
 
     def _sparsity_of(self, target: PruningTarget) -> float:
-        if isinstance(self.sparsity, list):
-            if target.block is None:
-                raise UsageError(
-                    f"{target.name} is outside the decoder blocks, where a list of block sparsities gives no value; "
-                    "use one sparsity or drop the target"
-                )
-            return self.sparsity[target.block]
-        assert self.sparsity is not None  # resolve_sparsity fills it
+        if self._block_sparsities is not None:
+            assert target.block is not None  # resolve_blocks refuses others
+            return self._block_sparsities[target.block]
+        assert isinstance(self.sparsity, float)
         return self.sparsity
 
     # ---- pieces

@@ -26,8 +26,14 @@ class SinkAwareFields(Modifier):
 
     :param sparsity: share of zeros in (0, 1), one value or one for each decoder block; may be left out for N:M
     :param allocation: how one sparsity is spread over the decoder blocks: ``uniform``; ``early_sparser`` and
-        ``late_sparser`` let it fall or rise linearly over the depth
-    :param allocation_spread: sparsity of the first block minus the mean, for the latter two
+        ``late_sparser`` let it fall or rise linearly over the depth; ``error`` equalises the marginal error of the
+        blocks; ``search`` searches for the least distance to the dense model's predictions; a list, one value for each
+        block, is the same as a list in ``sparsity``, which may then be left out or say the total
+    :param allocation_spread: sparsity of the first block minus the mean, for ``early_sparser`` and ``late_sparser``
+    :param allocation_note: how a list came about; written into the saved recipe, without effect
+    :param search_budget: forward tokens that ``allocation: search`` may spend on candidates
+    :param search_directory: directory where a search keeps its database and state, to go on after an interruption;
+        left out: a directory for temporary files, removed at the end
     :param mask_structure: ``"0:0"`` for unstructured, ``"N:M"`` for N zeros in every M consecutive input columns
     :param targets: module class names, names or ``re:`` patterns; class names reach into decoder blocks only
     :param ignore: the same, for modules to leave alone
@@ -52,8 +58,11 @@ class SinkAwareFields(Modifier):
     requires_calibration_data: bool = Field(default=False, exclude=True)
 
     sparsity: float | list[float] | None = None
-    allocation: Literal["uniform", "early_sparser", "late_sparser"] = "uniform"
+    allocation: Literal["uniform", "early_sparser", "late_sparser", "error", "search"] | list[float] = "uniform"
     allocation_spread: float = Field(default=0.1, gt=0.0, lt=1.0)
+    allocation_note: str | None = None
+    search_budget: int = Field(default=4_000_000, gt=0)
+    search_directory: str | None = None
     mask_structure: str = "0:0"
     targets: str | list[str] = Field(default_factory=lambda: ["Linear"])
     ignore: list[str] = Field(default_factory=list)
@@ -92,13 +101,17 @@ class SinkAwareFields(Modifier):
     def _check_fields(self) -> Self:
         self._structure = parse_mask_structure(self.mask_structure)
         # Plain assignment would run validation again.
+        if isinstance(self.allocation, list):
+            resolve_sparsity(self.allocation, self._structure)
+            if self.sparsity is None:
+                self.__dict__.update(sparsity=self.allocation, allocation="uniform")
         self.__dict__["sparsity"] = resolve_sparsity(self.sparsity, self._structure)
         self._grid = timestep_grid(self.diffusion_steps, self.sample_interval)
         if self.allocation != "uniform" and (isinstance(self.sparsity, list) or not self._structure.unstructured):
             given = "a list of sparsities" if isinstance(self.sparsity, list) else f"mask_structure {self._structure}"
+            name = "a list" if isinstance(self.allocation, list) else self.allocation
             raise UsageError(
-                f"allocation {self.allocation} spreads one sparsity over the blocks, which {given} fixes; drop one of "
-                "the two"
+                f"allocation {name} spreads one sparsity over the blocks, which {given} fixes; drop one of the two"
             )
         if self.save_format == "sparse-24-bitmask" and not self._structure.implies_2_of_4:
             raise UsageError(

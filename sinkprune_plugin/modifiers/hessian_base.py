@@ -6,26 +6,25 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers import distributed
-from sinkprune_plugin.modifiers.base import SinkAwareModifierBase
+from sinkprune_plugin.modifiers.allocating_base import AllocatingModifierBase
 from sinkprune_plugin.modifiers.input_observer import InputObserver
 from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, PassEngine
-from sinkprune_plugin.modifiers.replaced_forward import forward_replaced
+from sinkprune_plugin.modifiers.replaced_forward import forward_replaced, linear_with
 from sinkprune_plugin.modifiers.run_estimate import SweepPlan, hessian_bytes
 from sinkprune_plugin.modifiers.targets import PruningTarget
-from sinkprune_plugin.modifiers.trajectory import clean_pass
+from sinkprune_plugin.modifiers.trajectory import clean_pass, without_sinks
 from sinkprune_plugin.pruning.hessian import accumulate_drift, square_matrix
 from sinkprune_plugin.pruning.sparsegpt import accumulate_hessian
 
 __all__ = ["HessianModifierBase"]
 
 
-class HessianModifierBase(SinkAwareModifierBase):
+class HessianModifierBase(AllocatingModifierBase):
     """Abstract base of the modifiers that solve for weights with the second moments of a Linear's input.
 
     :param calibrate_on: ``corrupted`` builds the Hessian along the denoising trajectory, each timestep's rows weighted
@@ -72,6 +71,7 @@ class HessianModifierBase(SinkAwareModifierBase):
 
     def _calibrate_and_prune(self, engine: PassEngine) -> None:
         passes = self._weighted_passes(engine)
+        self._measure_allocation(engine, passes)
         self._prune_in_one_sweep(engine, passes, propagate=True, two_streams=self.target == "dense")
 
     def _weighted_passes(self, engine: PassEngine) -> list[CalibrationPass]:
@@ -79,7 +79,7 @@ class HessianModifierBase(SinkAwareModifierBase):
         noisy = self._corrupted_passes()
         masks = self._find_sinks(engine, noisy)
         if self.calibrate_on == "corrupted":
-            passes = self._without_sinks(noisy, masks)
+            passes = without_sinks(noisy, masks, self._grid, self.timestep_weighting)
         else:
             passes = [
                 _weighted(clean_pass(batch), 1.0 - mask.mean(dim=1))
@@ -94,7 +94,8 @@ class HessianModifierBase(SinkAwareModifierBase):
         groups = 1 if self.within_block == "parallel" else max(counts)
         streams = 2 if self.target == "dense" else 1
         second = noisy if self.calibrate_on == "corrupted" else clean
-        return noisy, replace(second, runs_per_block=(groups + 1) * streams, streams=streams)
+        pruning = replace(second, runs_per_block=(groups + 1) * streams, streams=streams)
+        return noisy, *self._level_sweeps(second), pruning
 
     def _statistics_bytes(self, noisy: SweepPlan) -> int:
         del noisy
@@ -177,6 +178,9 @@ class HessianModifierBase(SinkAwareModifierBase):
         # Once for each block, after its last input: from then on one Hessian at a time is on the device.
         return [_to_main_memory(each) for each in taken] if self.offload_hessians else taken
 
+    def _error_metric(self, statistics: list[torch.Tensor]) -> torch.Tensor:
+        return statistics[0].clone()
+
     def _second_moments(
         self, statistics: list[torch.Tensor], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -197,12 +201,7 @@ class _DenseWeights:
 
     def in_place(self, *_pass: Any) -> contextlib.AbstractContextManager[None]:
         """Let the pruned Linears compute with their dense weights; also as a watch of the engine, in every pass."""
-        return forward_replaced([(module, _linear(weight, module)) for module, weight in self._weights])
-
-
-def _linear(weight: torch.Tensor, module: torch.nn.Linear) -> Any:
-    # Not the parameter itself: an offloaded one would be written back to main memory.
-    return lambda input: F.linear(input, weight, module.bias)
+        return forward_replaced([(module, linear_with(weight, module)) for module, weight in self._weights])
 
 
 def _weighted(each: CalibrationPass, weights: torch.Tensor) -> CalibrationPass:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-__all__ = ["forward_replaced"]
+__all__ = ["forward_replaced", "linear_with"]
 
 
 @contextlib.contextmanager
@@ -27,3 +28,13 @@ def forward_replaced(replacements: Iterable[tuple[torch.nn.Module, Callable[...,
                 del module.forward
             else:
                 module.forward = forward
+
+
+def linear_with(weight: torch.Tensor, module: torch.nn.Linear) -> Callable[..., torch.Tensor]:
+    """The forward of a Linear with another weight.
+
+    :param weight: (out_features, in_features); not the module's parameter, which would be written back if offloaded
+    :param module: gives the bias
+    :return: function to put in place of its ``forward``
+    """
+    return lambda input: F.linear(input, weight, module.bias)

@@ -8,7 +8,7 @@ from compressed_tensors.offload import get_execution_device, get_offloaded_devic
 
 from sinkprune_plugin.modifiers.targets import PruningTarget
 
-__all__ = ["RunEstimate", "SweepPlan", "brought_in_bytes", "hessian_bytes", "hidden_state_bytes"]
+__all__ = ["RunEstimate", "SearchPlan", "SweepPlan", "brought_in_bytes", "hessian_bytes", "hidden_state_bytes"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,24 @@ class SweepPlan:
 
 
 @dataclass(frozen=True)
+class SearchPlan:
+    """What ``allocation: search`` takes in addition to its sweep.
+
+    :param tokens: forward tokens of all candidates
+    :param candidates: measurements of a candidate, each of which reads the weights of all blocks at one level
+    :param database_bytes: weights at all levels, on disk
+    :param decoded_bytes: the same as dense weights
+    :param prediction_bytes: the dense model's predictions, in main memory
+    """
+
+    tokens: int
+    candidates: int
+    database_bytes: int
+    decoded_bytes: int
+    prediction_bytes: int
+
+
+@dataclass(frozen=True)
 class RunEstimate:
     """What a calibration takes; upper bounds where the model decides while it runs.
 
@@ -38,6 +56,7 @@ class RunEstimate:
     :param statistics_bytes: statistics that are held at once, on the device
     :param brought_in_bytes: offloaded weights that are brought to the device, over all sweeps
     :param training_bytes: weights, gradients and optimizer states of a block that is trained, on the device
+    :param search: what a search takes, if there is one
     """
 
     sweeps: tuple[SweepPlan, ...]
@@ -46,6 +65,7 @@ class RunEstimate:
     statistics_bytes: int
     brought_in_bytes: int
     training_bytes: int = 0
+    search: SearchPlan | None = None
 
     @property
     def block_runs(self) -> int:
@@ -64,6 +84,11 @@ class RunEstimate:
             text += f"statistics at most {_size(self.statistics_bytes)} at once"
         if self.brought_in_bytes:
             text += f", {_size(self.brought_in_bytes)} of offloaded weights brought in"
+        if self.search is not None:
+            text += (
+                f"; search of at most {self.search.tokens:,} forward tokens on {self.search.candidates:,} candidates, "
+                f"{_size(self.search.database_bytes)} on disk, dense predictions {_size(self.search.prediction_bytes)}"
+            )
         return text
 
 

@@ -21,6 +21,8 @@ _REFUSED = {
     "sparsity": "units are removed, not single weights; give `mlp_channels`, `attention_heads` or `blocks`",
     "mask_structure": "units are removed, not single weights; let a modifier for N:M follow in the recipe",
     "targets": "the Linears that share units are the family's; `ignore` leaves blocks or kinds of units alone",
+    "search_directory": "a search over widths keeps its levels in main memory",
+    "allocation_note": "it belongs to a list of sparsities",
     "allocation_spread": "give `mlp_channels` a list with one value for each decoder block",
 }
 
@@ -35,6 +37,8 @@ class StructuredFields(HessianModifierBase):
     mask_structure: str = Field(default="0:0", exclude=True)
     targets: str | list[str] = Field(default_factory=lambda: ["Linear"], exclude=True)
     allocation_spread: float = Field(default=0.1, exclude=True)
+    search_directory: str | None = Field(default=None, exclude=True)
+    allocation_note: str | None = Field(default=None, exclude=True)
 
     mlp_channels: Amounts = 0
     attention_heads: Amounts = 0
@@ -53,6 +57,11 @@ class StructuredFields(HessianModifierBase):
     search_budget: int = Field(default=2**20, gt=0)
 
     _ratio: float | None = PrivateAttr(default=None)
+
+    @property
+    def measures_allocation(self) -> bool:
+        """False: widths are chosen by :class:`StructuredAllocation`, not sparsities of blocks."""
+        return False
 
     @model_validator(mode="before")
     @classmethod

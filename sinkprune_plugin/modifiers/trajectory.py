@@ -1,16 +1,16 @@
 """The passes of a diffusion calibration: every batch at every timestep of the grid, or once without noise."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from sinkprune_plugin.diffusion import DiffusionSpec, corrupt, sample_generator
+from sinkprune_plugin.diffusion import DiffusionSpec, corrupt, sample_generator, timestep_weight
 from sinkprune_plugin.modifiers.calibration import CalibrationBatch
 from sinkprune_plugin.modifiers.passes import CalibrationPass
 
-__all__ = ["CorruptionSource", "TrajectoryCorruption", "clean_pass", "corrupted_passes"]
+__all__ = ["CorruptionSource", "TrajectoryCorruption", "clean_pass", "corrupted_passes", "without_sinks"]
 
 
 class CorruptionSource(Protocol):
@@ -78,6 +78,26 @@ def corrupted_passes(
         for batch in batches
         for step_index, timestep in enumerate(grid)
     ]
+
+
+def without_sinks(
+    passes: Sequence[CalibrationPass], masks: Sequence[torch.Tensor], grid: Sequence[float], weighting: str
+) -> list[CalibrationPass]:
+    """Give corrupted passes the weights of their tokens and timesteps.
+
+    :param passes: the corrupted passes, all timesteps of a batch one after the other
+    :param masks: one (B, S, T) float32 sink mask m for each batch
+    :param grid: timesteps
+    :param weighting: the recipe's ``timestep_weighting``
+    :return: the same passes, each token with 1 − m of its own timestep
+    """
+    weighted = []
+    for number, each in enumerate(passes):
+        index, step = divmod(number, len(grid))
+        mask = masks[index][:, step]
+        weights = each.row_weights.to(mask.device) * (1.0 - mask)
+        weighted.append(replace(each, row_weights=weights, square_scale=timestep_weight(grid[step], weighting)))
+    return weighted
 
 
 def clean_pass(batch: CalibrationBatch) -> CalibrationPass:

@@ -8,10 +8,12 @@ from compressed_tensors.offload import disable_onloading
 from pydantic import Field, PrivateAttr, model_validator
 
 from sinkprune_plugin.modifiers import distributed
-from sinkprune_plugin.modifiers.base import SinkAwareModifierBase, Solver
+from sinkprune_plugin.modifiers.allocating_base import AllocatingModifierBase
+from sinkprune_plugin.modifiers.base import Solver
 from sinkprune_plugin.modifiers.input_observer import InputObserver
 from sinkprune_plugin.modifiers.passes import CalibrationPass, PassEngine
 from sinkprune_plugin.modifiers.run_estimate import SweepPlan, hessian_bytes
+from sinkprune_plugin.modifiers.trajectory import without_sinks
 from sinkprune_plugin.pruning.hessian import prepare_hessian, square_matrix
 from sinkprune_plugin.pruning.reconstruct import reconstruct
 from sinkprune_plugin.pruning.sparsegpt import accumulate_hessian
@@ -25,7 +27,7 @@ __all__ = ["SinkAwareWandaModifier"]
 ONE_SWEEP_BYTES = 2 * 2**30
 
 
-class SinkAwareWandaModifier(SinkAwareModifierBase):
+class SinkAwareWandaModifier(AllocatingModifierBase):
     """Prune a diffusion LM with Wanda on activation norms that leave out attention sinks.
 
     Paper: Sink-Aware Pruning for Diffusion Language Models, https://arxiv.org/abs/2602.17664
@@ -84,14 +86,17 @@ class SinkAwareWandaModifier(SinkAwareModifierBase):
         if self._keeps_inputs(sum(each.row_weights.numel() for each in passes)):
             self._prune_on_kept_inputs(engine, passes)
         else:
-            passes = self._without_sinks(passes, self._find_sinks(engine, passes))
+            masks = self._find_sinks(engine, passes)
+            passes = without_sinks(passes, masks, self._grid, self.timestep_weighting)
+            self._measure_allocation(engine, passes)
             self._prune_in_one_sweep(engine, passes, propagate=self.propagate_error)
 
     def _sweeps(self, clean: SweepPlan, noisy: SweepPlan) -> tuple[SweepPlan, ...]:
         del clean
         if self._keeps_inputs(noisy.tokens):
             return (noisy,)
-        return noisy, replace(noisy, runs_per_block=2 if self.propagate_error else 1)
+        pruning = replace(noisy, runs_per_block=2 if self.propagate_error else 1)
+        return noisy, *self._level_sweeps(noisy), pruning
 
     def _statistics_bytes(self, noisy: SweepPlan) -> int:
         norms = 8 * sum(target.module.in_features for target in self._targets)
@@ -102,7 +107,8 @@ class SinkAwareWandaModifier(SinkAwareModifierBase):
         """Whether all inputs are kept while the sinks are found, so that one sweep is enough."""
         # A target outside the blocks gets its input after the last block, where that sweep ends.
         within_blocks = all(target.block is not None for target in self._targets)
-        return within_blocks and not self.propagate_error and self._input_bytes(tokens) <= ONE_SWEEP_BYTES
+        one_sweep = within_blocks and not self.propagate_error and not self.measures_allocation
+        return one_sweep and self._input_bytes(tokens) <= ONE_SWEEP_BYTES
 
     def _input_bytes(self, tokens: int) -> int:
         """Bytes of the inputs of all targets; an input that several Linears share counts once for each."""
@@ -121,7 +127,7 @@ class SinkAwareWandaModifier(SinkAwareModifierBase):
         handles = observer.attach(self.register_hook)
         masks = self._find_sinks(engine, passes, observer.watching)
         self.remove_hooks(handles)
-        passes = self._without_sinks(passes, masks)
+        passes = without_sinks(passes, masks, self._grid, self.timestep_weighting)
         with distributed.failing_together():
             observer.require_reached()
             for leader in list(kept):
@@ -139,14 +145,18 @@ class SinkAwareWandaModifier(SinkAwareModifierBase):
             accumulate_hessian(square_matrix(self._hessians, leader, x), x, weights, each.square_scale)
 
     def _take_statistics(self, leader: str) -> list[torch.Tensor]:
-        total = self._norms[leader].total
+        total = self._norms.pop(leader).total
         assert total is not None  # a leader is named by its first input
         return [total, self._hessians.pop(leader)] if self.reconstruct else [total]
 
+    def _error_metric(self, statistics: list[torch.Tensor]) -> torch.Tensor:
+        if self.reconstruct:
+            return statistics[1].clone()
+        # Wanda's own idea of the error: the Hessian's diagonal.
+        return self._norms_of(statistics[0]).square()
+
     def _solver(self, leader: str, statistics: list[torch.Tensor], device: torch.device) -> Solver:
-        gathered = self._norms.pop(leader)
-        gathered.total = statistics[0].to(device)
-        norms = gathered.norms()
+        norms = self._norms_of(statistics[0].to(device))
         if not self.reconstruct:
             return lambda W, sparsity: (sparsify_weight(W, norms, sparsity, self._structure), None)
         prepared = prepare_hessian(statistics[1].to(device), self.dampening_frac, leader)
@@ -156,3 +166,10 @@ class SinkAwareWandaModifier(SinkAwareModifierBase):
             return reconstruct(W, mask, prepared)
 
         return solve
+
+    def _norms_of(self, total: torch.Tensor) -> torch.Tensor:
+        """(C,) float64 activation norms from a sum over all processes."""
+        assert self.norm_aggregation is not None  # _choose_aggregation fills it
+        gathered = ActivationNorms(self.norm_aggregation)
+        gathered.total = total
+        return gathered.norms()

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.pruning import hessian as hessian_module
 from sinkprune_plugin.pruning.hessian import PreparedHessian, row_chunks
 from sinkprune_plugin.pruning.patterns import MaskStructure
 from sinkprune_plugin.pruning.reconstruct import conjugate_gradient
 from sinkprune_plugin.pruning.selection import mark_smallest
 
-__all__ = ["ADMMOptions", "solve"]
+__all__ = ["ADMMOptions", "solve", "solver_bytes"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,20 @@ def solve(
         conjugate_gradient(Z, target, mask, hessian.normalised, options.refine_iterations)
     loss = hessian.error(target.sub_(Z))
     return Z.div_(hessian.scale).to(W.dtype), loss
+
+
+def solver_bytes(rows: int, columns: int, *, dense_target: bool) -> int:
+    """Most memory that preparing a Hessian and solving for one weight take, Hessian and drift included.
+
+    :param rows: output features
+    :param columns: input features
+    :param dense_target: whether there is a drift
+    :return: bytes: squares of the columns (the Hessian, with a drift two more, and two while the resolvent is
+        factored), target and state in float32, masks, scores of the selection, and four chunks of rows
+    """
+    square, weight = columns**2, rows * columns
+    chunk = min(hessian_module.CHUNK_BYTES, 4 * weight)
+    return 4 * square * (5 if dense_target else 4) + weight * (2 * 4 + 4) + 4 * chunk
 
 
 class _Selection:

@@ -11,6 +11,9 @@ from sinkprune_plugin.errors import UsageError
 
 __all__ = ["equal_marginal_error", "linear_over_depth", "uniform"]
 
+# Of sums in float64, relative to the number of weights.
+_ROUNDING = 1e-12
+
 
 def uniform(sparsity: float, sizes: Sequence[int]) -> list[float]:
     """The same sparsity everywhere.
@@ -48,7 +51,7 @@ def linear_over_depth(sparsity: float, sizes: Sequence[int], spread: float) -> l
 
 
 def equal_marginal_error(
-    sparsity: float, sizes: Sequence[int], levels: Sequence[float], errors: Sequence[Sequence[float]]
+    sparsity: float, sizes: Sequence[int], levels: Sequence[Sequence[float]], errors: Sequence[Sequence[float]]
 ) -> list[float]:
     """Sparsities with the least sum of errors: one more pruned weight costs the same in every block.
 
@@ -57,35 +60,36 @@ def equal_marginal_error(
 
     :param sparsity: share of zeros of the whole
     :param sizes: weights to prune in each block
-    :param levels: ascending sparsities in (0, 1) at which the errors were measured, around ``sparsity``
+    :param levels: for each block ascending sparsities in (0, 1) at which its errors were measured
     :param errors: for each block its error at each level, comparable between blocks
-    :return: one sparsity for each block, each between the first and the last level
+    :return: one sparsity for each block, each between its first and its last level
     :raises UsageError: if a number is out of range or the shapes don't fit
     """
     _check(sparsity, sizes)
-    if len(levels) < 2 or any(a >= b for a, b in pairwise(levels)) or not 0.0 < levels[0] <= levels[-1] < 1.0:
-        raise UsageError(f"levels are {list(levels)}; give at least two ascending sparsities between 0 and 1")
-    if not levels[0] <= sparsity <= levels[-1]:
-        raise UsageError(f"sparsity {sparsity:g} is outside the levels {levels[0]:g} to {levels[-1]:g}; add levels")
-    if len(errors) != len(sizes) or any(len(curve) != len(levels) for curve in errors):
-        raise UsageError(
-            f"errors has {len(errors)} curves with {sorted({len(curve) for curve in errors})} values; it must have "
-            f"{len(sizes)}, one for each block, with {len(levels)} values each"
-        )
+    if not len(sizes) == len(levels) == len(errors):
+        raise UsageError(f"{len(levels)} lists of levels and {len(errors)} of errors for {len(sizes)} blocks")
+    for own, curve in zip(levels, errors, strict=True):
+        if len(own) < 2 or any(a >= b for a, b in pairwise(own)) or not 0.0 < own[0] <= own[-1] < 1.0:
+            raise UsageError(f"levels are {list(own)}; give at least two ascending sparsities between 0 and 1")
+        if len(curve) != len(own):
+            raise UsageError(f"a block has {len(own)} levels and {len(curve)} errors; give one error for each level")
+    left = sparsity * sum(sizes) - sum(size * own[0] for size, own in zip(sizes, levels, strict=True))
+    most = sum(size * own[-1] for size, own in zip(sizes, levels, strict=True))
+    if left < -_ROUNDING * sum(sizes) or sparsity * sum(sizes) > most + _ROUNDING * sum(sizes):
+        raise UsageError(f"sparsity {sparsity:g} is outside what the levels make possible; add levels")
     stretches = []
-    for block, curve in enumerate(errors):
-        for (low, low_error), (high, high_error) in pairwise(_lower_hull(levels, curve)):
+    for block, (own, curve) in enumerate(zip(levels, errors, strict=True)):
+        for (low, low_error), (high, high_error) in pairwise(_lower_hull(own, curve)):
             slope = (high_error - low_error) / ((high - low) * sizes[block])
             # Along a hull slopes ascend, so sorting keeps the stretches of one block in order; `low` settles ties.
             stretches.append((slope, low, block, high))
-    result = [levels[0]] * len(sizes)
-    left = (sparsity - levels[0]) * sum(sizes)
+    result = [own[0] for own in levels]
     for _, low, block, high in sorted(stretches):
+        if left <= 0:
+            break
         step = min((high - low) * sizes[block], left)
         result[block] = high if step == (high - low) * sizes[block] else low + step / sizes[block]
         left -= step
-        if left <= 0:
-            break
     return result
 
 

@@ -166,14 +166,24 @@ class SearchOptions:
     @property
     def round_tokens(self) -> int:
         """Tokens that one round takes at most."""
-        entering = [self.offspring, *(stage.survivors for stage in self.stages[:-1])]
-        entering[-1] += 1
-        return sum(count * stage.tokens for count, stage in zip(entering, self.stages, strict=True))
+        return sum(count * stage.tokens for count, stage in zip(self._entering, self.stages, strict=True))
+
+    @property
+    def round_candidates(self) -> int:
+        """Measurements of a candidate in one round, at most."""
+        return sum(self._entering)
 
     @property
     def rounds(self) -> int:
         """Rounds that the budget is enough for."""
         return self.budget // self.round_tokens
+
+    @property
+    def _entering(self) -> list[int]:
+        """Candidates at each stage."""
+        entering = [self.offspring, *(stage.survivors for stage in self.stages[:-1])]
+        entering[-1] += 1
+        return entering
 
 
 @dataclass

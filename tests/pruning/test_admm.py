@@ -8,7 +8,7 @@ from pruning_cases import error_of, least_squares, make_layer, prepared
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.pruning import hessian as hessian_module
-from sinkprune_plugin.pruning.admm import ADMMOptions, solve
+from sinkprune_plugin.pruning.admm import ADMMOptions, solve, solver_bytes
 from sinkprune_plugin.pruning.patterns import MaskStructure
 from sinkprune_plugin.pruning.sparsegpt import invert_hessian, sparsify_weight
 
@@ -220,3 +220,44 @@ def test_an_ill_conditioned_hessian_is_solved():
 def test_numbers_out_of_range_are_refused(fields, message):
     with pytest.raises(UsageError, match=message):
         ADMMOptions(**fields)
+
+
+def peak_bytes(run):
+    """Most memory that torch's CPU allocator had handed out during a call, beyond its level at the start."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    level = peak = 0
+    events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    return peak
+
+
+@pytest.mark.parametrize("drifting", [False, True])
+@pytest.mark.parametrize("structure", [UNSTRUCTURED, MaskStructure(2, 4)])
+def test_memory_is_what_solver_bytes_says(monkeypatch, drifting, structure):
+    # The shape of an 8 B model's widest Linear, 4096 × 12288, at a sixteenth; so are the chunks, of which it has two.
+    rows, columns = 256, 768
+    monkeypatch.setattr(hessian_module, "CHUNK_BYTES", hessian_module.CHUNK_BYTES // 256)
+    W, _, H = make_layer(10, rows, columns, tokens=1000)
+    drift = 0.01 * H if drifting else None
+
+    def run():
+        prepared_hessian = hessian_module.prepare_hessian(H, 0.01, "proj", drift=drift)
+        solve(W, prepared_hessian, 0.75, structure)
+
+    found = peak_bytes(run)
+    # H and the drift are there before and are overwritten.
+    stated = solver_bytes(rows, columns, dense_target=drifting) - 4 * columns**2 * (2 if drifting else 1)
+    assert 0.7 * stated < found <= stated
+
+
+def test_an_8b_model_is_solved_beside_a_block_in_24_gb():
+    # LLaDA-8B in bfloat16: a block's weights, the Hessians and drifts of its four distinct inputs, which wait together
+    # where `within_block` is parallel, and the solver on the widest.
+    block = 2 * (4 * 4096**2 + 3 * 4096 * 12288)
+    waiting = 2 * 4 * (3 * 4096**2 + 12288**2)
+    solver = solver_bytes(4096, 12288, dense_target=True)
+    assert solver < 5e9
+    assert block + waiting + solver < 24e9

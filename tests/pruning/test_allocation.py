@@ -45,7 +45,7 @@ def test_error_keeps_the_total_within_the_levels(data):
     sparsity = data.draw(st.floats(levels[0], levels[-1]))
     curve = st.lists(st.floats(0, 1e6), min_size=len(levels), max_size=len(levels))
     errors = [data.draw(curve) for _ in sizes]
-    result = equal_marginal_error(sparsity, sizes, levels, errors)
+    result = equal_marginal_error(sparsity, sizes, [levels] * len(sizes), errors)
     assert total(result, sizes) == pytest.approx(sparsity, rel=1e-9)
     assert all(levels[0] <= value <= levels[-1] + 1e-12 for value in result)
 
@@ -63,7 +63,7 @@ def test_error_finds_the_least_sum_of_convex_curves(increments):
     errors = [[0.0, *itertools.accumulate(sorted(parts))] for parts in increments]
     errors = [list(itertools.accumulate(curve)) for curve in errors]
     sizes = [7] * len(errors)
-    found = equal_marginal_error(0.6, sizes, levels, errors)
+    found = equal_marginal_error(0.6, sizes, [levels] * len(sizes), errors)
     cost = sum(interpolated(s, levels, curve) for s, curve in zip(found, errors, strict=True))
     # With equal blocks some optimum of this piecewise linear problem lies on levels; try all of them.
     wanted = 0.6 * len(errors)
@@ -76,9 +76,15 @@ def test_error_finds_the_least_sum_of_convex_curves(increments):
     assert cost == pytest.approx(best, rel=1e-9)
 
 
+def test_error_with_levels_of_their_own_for_each_block():
+    # A small block reaches further: the same numbers of weights are other shares of it.
+    result = equal_marginal_error(0.5, [1, 4], [[0.1, 0.5, 0.9], [0.4, 0.5, 0.6]], [[0, 1, 3], [0, 2, 6]])
+    assert result == pytest.approx([0.9, 0.4])
+
+
 def test_error_of_equal_curves_is_uniform_where_they_are_strictly_convex():
     levels = [0.5, 0.6, 0.7, 0.8]
-    assert equal_marginal_error(0.6, [3, 3], levels, [[1, 2, 4, 8]] * 2) == pytest.approx([0.6, 0.6])
+    assert equal_marginal_error(0.6, [3, 3], [levels] * 2, [[1, 2, 4, 8]] * 2) == pytest.approx([0.6, 0.6])
 
 
 @given(sizes_of_blocks)
@@ -87,7 +93,7 @@ def test_error_spares_the_block_that_suffers_more(sizes):
     # The last block's curve per weight is twice as steep.
     errors = [[0.0, size * 1.0, size * 3.0] for size in sizes]
     errors[-1] = [2 * value for value in errors[-1]]
-    result = equal_marginal_error(0.5, sizes, [0.25, 0.5, 0.75], errors)
+    result = equal_marginal_error(0.5, sizes, [[0.25, 0.5, 0.75]] * len(sizes), errors)
     assert result[-1] <= min(result[:-1]) + 1e-9
 
 
@@ -97,10 +103,11 @@ def test_error_spares_the_block_that_suffers_more(sizes):
         (lambda: uniform(1.0, [1]), r"sparsity 1 is outside \(0, 1\)"),
         (lambda: linear_over_depth(0.5, [], 0.1), "block sizes are"),
         (lambda: linear_over_depth(0.5, [3, 0], 0.1), r"block sizes are \[3, 0\]"),
-        (lambda: equal_marginal_error(0.5, [1], [0.5], [[1.0]]), "at least two ascending"),
-        (lambda: equal_marginal_error(0.9, [1], [0.5, 0.6], [[1.0, 2.0]]), "sparsity 0.9 is outside the levels"),
-        (lambda: equal_marginal_error(0.5, [1, 1], [0.4, 0.6], [[1.0, 2.0]]), "errors has 1 curves"),
-        (lambda: equal_marginal_error(0.5, [1], [0.4, 0.6], [[1.0]]), r"curves with \[1\] values"),
+        (lambda: equal_marginal_error(0.5, [1], [[0.5]], [[1.0]]), "at least two ascending"),
+        (lambda: equal_marginal_error(0.9, [1], [[0.5, 0.6]], [[1.0, 2.0]]), "sparsity 0.9 is outside what"),
+        (lambda: equal_marginal_error(0.3, [1], [[0.5, 0.6]], [[1.0, 2.0]]), "sparsity 0.3 is outside what"),
+        (lambda: equal_marginal_error(0.5, [1, 1], [[0.4, 0.6]] * 2, [[1.0, 2.0]]), "1 of errors for 2 blocks"),
+        (lambda: equal_marginal_error(0.5, [1], [[0.4, 0.6]], [[1.0]]), "2 levels and 1 errors"),
     ],
 )
 def test_bad_input_is_refused(call, message):

@@ -1,0 +1,133 @@
+"""Time of the ADMM solver, alone and in a whole calibration, against this package's SparseGPT.
+
+- *solver*: ``pruning.admm.solve`` against SparseGPT's loop over columns (``pruning.sparsegpt.sparsify_weight``), each
+  with its own preparation of the same random Hessian, on one weight (``--rows`` × ``--columns``, float32). The widest
+  Linear of an 8 B model is 4096 × 12288: minutes on a CPU.
+- *calibration*: both modifiers through oneshot() at equal passes (``within_block: parallel``, ``target: current``), on
+  the embedded model and, with ``--large``, on benchmarks/offload.py's random model of 500 million parameters; and ADMM
+  with its defaults (``sequential``, ``target: dense``), which takes more passes.
+
+The runs take turns; the ratios are medians of the ratios round by round. Models and data are outside the timing.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from loguru import logger
+from offload import BLOCKS, SIZE, make_model
+from rich.console import Console
+from rich.table import Table
+
+from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
+from sinkprune_plugin.modifiers.admm import SinkAwareADMMModifier
+from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot
+from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
+from sinkprune_plugin.pruning import admm, sparsegpt
+from sinkprune_plugin.pruning.hessian import prepare_hessian
+from sinkprune_plugin.pruning.patterns import MaskStructure
+
+SPARSITY = 0.75
+UNSTRUCTURED = MaskStructure(0, 0)
+
+
+def solver_runs(rows: int, columns: int) -> dict[str, Callable[[], Any]]:
+    """One weight with a random Hessian of correlated inputs, and what solves it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * columns, columns, generator=generator)
+    # Neighbouring features correlate.
+    x = x + x.roll(1, dims=1) + x.roll(2, dims=1)
+    W, H = torch.randn(rows, columns, generator=generator), x.T @ x
+    del x
+
+    def columns_in_turn() -> Any:
+        factor = sparsegpt.invert_hessian(H.clone(), 0.01, "weight")
+        return sparsegpt.sparsify_weight(W, factor, SPARSITY, UNSTRUCTURED, block_size=128)
+
+    def together() -> Any:
+        return admm.solve(W, prepare_hessian(H.clone(), 0.01, "weight"), SPARSITY, UNSTRUCTURED)
+
+    return {"SparseGPT": columns_in_turn, "ADMM": together}
+
+
+def calibration_runs(model_name: Any, windows: torch.Tensor, **grid: int) -> dict[str, Callable[[], Any]]:
+    """Three modifiers on one model, which each run loads again, outside of its time."""
+    fields = {"sparsity": SPARSITY, **grid}
+    modifiers: dict[str, Callable[[], Any]] = {
+        "SparseGPT": lambda: SinkAwareSparseGPTModifier(**fields),
+        "ADMM": lambda: SinkAwareADMMModifier(within_block="parallel", **fields),
+        "ADMM, sequential": lambda: SinkAwareADMMModifier(**fields),
+    }
+
+    def run(make: Callable[[], Any]) -> float:
+        model = load_model(model_name, torch.float32)
+        started = time.perf_counter()
+        run_oneshot(model, load_tokenizer(EMBEDDED_MODEL), make(), windows)
+        return time.perf_counter() - started
+
+    return {name: (lambda make=make: run(make)) for name, make in modifiers.items()}
+
+
+def timed(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every run; a run that returns a number has timed itself."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            result = run()
+            seconds[name].append(result if isinstance(result, float) else time.perf_counter() - started)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the runs (default 3)")
+    parser.add_argument("--rows", type=int, default=1024, help="rows of the weight (default 1024)")
+    parser.add_argument("--columns", type=int, default=3072, help="columns of the weight (default 3072)")
+    parser.add_argument("--windows", type=int, default=4, help="calibration windows of 256 tokens (default 4)")
+    parser.add_argument("--large", action="store_true", help="the model of 500 million parameters as well")
+    options = parser.parse_args()
+    logger.remove()
+
+    generator = torch.Generator().manual_seed(1)
+    cells = {f"solver, {options.rows} × {options.columns}": solver_runs(options.rows, options.columns)}
+    windows = torch.randint(3, 2048, (options.windows, 256), generator=generator)
+    cells["tiny-llada"] = calibration_runs(EMBEDDED_MODEL, windows)
+    with tempfile.TemporaryDirectory() as directory:
+        if options.large:
+            make_model(directory, BLOCKS)
+            windows = torch.randint(3, SIZE["vocab_size"], (options.windows, 256), generator=generator)
+            # Two timesteps, as in benchmarks/offload.py.
+            cells["500 M"] = calibration_runs(directory, windows, diffusion_steps=2, sample_interval=1)
+        seconds = {cell: timed(runs, options.rounds) for cell, runs in cells.items()}
+
+    table = Table(title=f"ADMM against SparseGPT, float32, {torch.get_num_threads()} threads")
+    for heading in ("workload", "method", "median s", "min", "max", "× SparseGPT"):
+        table.add_column(heading, justify="left" if heading in ("workload", "method") else "right")
+    ratios: dict[str, dict[str, float]] = {}
+    for cell, found in seconds.items():
+        for name, values in found.items():
+            pairs = zip(values, found["SparseGPT"], strict=True)
+            ratios.setdefault(cell, {})[name] = statistics.median(mine / theirs for mine, theirs in pairs)
+            shown = (f"{f(values):.2f}" for f in (statistics.median, min, max))
+            table.add_row(cell, name, *shown, f"{ratios[cell][name]:.2f}")
+    Console(width=110).print(table)
+    result = {
+        "benchmark": "solver",
+        "seconds": seconds,
+        "time_over_sparsegpt": {cell: {n: round(r, 3) for n, r in found.items()} for cell, found in ratios.items()},
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "torch": torch.__version__,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

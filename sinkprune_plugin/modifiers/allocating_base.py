@@ -1,0 +1,286 @@
+"""Sparsities of the decoder blocks by measurement: one more sweep, and for ``search`` an evolutionary search."""
+
+import contextlib
+import shutil
+import tempfile
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from compressed_tensors.offload import align_module_device, disable_onloading, get_execution_device
+
+from sinkprune_plugin.diffusion import resolve_diffusion
+from sinkprune_plugin.modifiers import distributed
+from sinkprune_plugin.modifiers.allocation_search import AllocationSearch, search_options
+from sinkprune_plugin.modifiers.base import SinkAwareModifierBase
+from sinkprune_plugin.modifiers.block_sparsities import targets_by_block
+from sinkprune_plugin.modifiers.input_observer import InputObserver
+from sinkprune_plugin.modifiers.level_database import LevelDatabase, weight_bytes
+from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, PassEngine
+from sinkprune_plugin.modifiers.prediction_distance import PredictionDistance, kept_prediction_bytes, scored_passes
+from sinkprune_plugin.modifiers.run_estimate import RunEstimate, SearchPlan, SweepPlan
+from sinkprune_plugin.modifiers.search_problem import fingerprint
+from sinkprune_plugin.modifiers.targets import PruningTarget
+from sinkprune_plugin.modifiers.trajectory import TrajectoryCorruption
+from sinkprune_plugin.outputs import check_output
+from sinkprune_plugin.pruning.allocation import equal_marginal_error, linear_over_depth
+from sinkprune_plugin.pruning.evolution import Candidate
+from sinkprune_plugin.pruning.level_grid import LevelGrid
+from sinkprune_plugin.termination import removed_on_termination
+
+__all__ = ["AllocatingModifierBase"]
+
+# Receives a target's name, its pruned weight (rows, C) at each level of its block, and the errors.
+ReceiveLevels = Callable[[str, list[torch.Tensor], list[float]], None]
+
+# The search measures on other noise than the one that the weights are solved on.
+NOISE_OF_SEARCH = 1_000_003
+
+
+class AllocatingModifierBase(SinkAwareModifierBase):
+    """Abstract base of the modifiers, with the allocations that take a calibration of their own.
+
+    ``error`` and ``search`` solve every Linear at several levels, in one sweep with the dense model's inputs. A level's
+    error is that of the Linear's output on these inputs, relative to the output itself: Σ ‖(W' − W) x‖² / Σ ‖W x‖².
+    Relative, since outputs of different Linears have different scales, which the norms after them take out again. The
+    error of a block is the mean over its Linears.
+    """
+
+    @property
+    def measures_allocation(self) -> bool:
+        """Whether the allocation takes a sweep of its own."""
+        return self.allocation in ("error", "search")
+
+    @abstractmethod
+    def _error_metric(self, statistics: list[torch.Tensor]) -> torch.Tensor:
+        """Second moments in which output errors are measured.
+
+        :param statistics: sums over all processes, not to be changed
+        :return: (C, C) moments of the input, or (C,) their diagonal; a new tensor
+        """
+
+    # ---- known beforehand
+
+    def estimate(self, model: torch.nn.Module, num_batches: int, tokens: int) -> RunEstimate:
+        """See the base class; with what a search takes."""
+        estimate = super().estimate(model, num_batches, tokens)
+        if not self.measures_allocation or self.allocation != "search":
+            return estimate
+        with disable_onloading():
+            return replace(estimate, search=self._search_plan(num_batches, tokens))
+
+    def _check_room(self, model: torch.nn.Module, estimate: RunEstimate) -> None:
+        super()._check_room(model, estimate)
+        if self.measures_allocation:
+            # Refuses what leaves nothing to choose.
+            self._level_grid()
+        if estimate.search is None:
+            return
+        if self.search_directory is None:
+            directory = Path(tempfile.gettempdir())
+            check_output(directory, overwrite=True, needed_bytes=estimate.search.database_bytes)
+        else:
+            self._open_database(model, Path(self.search_directory), estimate.search)
+
+    def _level_sweeps(self, plan: SweepPlan) -> tuple[SweepPlan, ...]:
+        """The sweep of the allocation, for :meth:`_sweeps`.
+
+        :param plan: one sweep of the passes that statistics come from
+        """
+        return (replace(plan, runs_per_block=1, streams=1),) if self.measures_allocation else ()
+
+    def _search_plan(self, num_batches: int, tokens: int) -> SearchPlan:
+        grid, by_block = self._level_grid()
+        passes = num_batches * len(self._grid) * distributed.world_size()
+        options = search_options(self.search_budget, tokens // num_batches, passes, len(by_block), self.seed)
+        weights = [
+            (target.module.weight, level)
+            for group, levels in zip(by_block.values(), grid.sparsities, strict=True)
+            for target in group
+            for level in levels
+        ]
+        return SearchPlan(
+            tokens=options.rounds * options.round_tokens,
+            candidates=options.rounds * options.round_candidates,
+            database_bytes=sum(weight_bytes(W, level) for W, level in weights),
+            decoded_bytes=sum(W.nbytes for W, _ in weights),
+            prediction_bytes=kept_prediction_bytes(tokens, self._grid),
+        )
+
+    def _level_grid(self) -> tuple[LevelGrid, dict[int, list[PruningTarget]]]:
+        """Levels of the blocks that have targets, and these targets."""
+        assert isinstance(self.sparsity, float)  # a list leaves nothing to measure
+        by_block = targets_by_block(self._targets)
+        sizes = [
+            sum(target.module.in_features * target.module.out_features for target in group)
+            for group in by_block.values()
+        ]
+        return LevelGrid.around(self.sparsity, sizes), by_block
+
+    # ---- the measurement
+
+    def _measure_allocation(self, engine: PassEngine, passes: Sequence[CalibrationPass]) -> None:
+        """Settle the sparsities of the blocks where that takes measurements.
+
+        :param engine: the engine
+        :param passes: passes with their final token weights
+        """
+        if not self.measures_allocation:
+            return
+        grid, by_block = self._level_grid()
+        levels = dict(zip(by_block, grid.sparsities, strict=True))
+        if self.allocation == "error":
+            mine: dict[str, list[float]] = {}
+
+            def keep(name: str, _weights: list[torch.Tensor], errors: list[float]) -> None:
+                mine[name] = errors
+
+            self._solve_levels(engine, passes, levels, keep)
+            errors = {name: found for part in distributed.gather_objects(mine) for name, found in part.items()}
+            chosen = _by_error(grid, by_block, errors)
+            note = "error: equal marginal error"
+        else:
+            with disable_onloading():
+                plan = self._search_plan(len(self._batches), sum(batch.input_ids.numel() for batch in self._batches))
+            with self._database(engine.model, plan) as database:
+                chosen, note = self._search(engine, passes, grid, by_block, database)
+        by_index = dict(zip(by_block, chosen, strict=True))
+        self._settle([by_index.get(index, grid.total) for index in range(len(self._blocks))], note)
+
+    def _search(
+        self,
+        engine: PassEngine,
+        passes: Sequence[CalibrationPass],
+        grid: LevelGrid,
+        by_block: dict[int, list[PruningTarget]],
+        database: LevelDatabase,
+    ) -> tuple[list[float], str]:
+        levels = dict(zip(by_block, grid.sparsities, strict=True))
+        self._solve_levels(engine, passes, levels, database.write, done=database.has)
+        # Files of other processes are read from here on.
+        distributed.barrier()
+        errors = {target.name: database.errors(target.name) for group in by_block.values() for target in group}
+        start = self._start(grid, _by_error(grid, by_block, errors))
+        assert self._corruption is not None  # set in on_initialize
+        corruption = self._corruption
+        if isinstance(corruption, TrajectoryCorruption):
+            corruption = replace(corruption, seed=self.seed + NOISE_OF_SEARCH)
+        spec = resolve_diffusion(engine.model.config, mask_token_id=self.mask_token_id)
+        scored = scored_passes(self._batches, self._grid, corruption, spec, self.noise_eps)
+        distance = PredictionDistance(engine.model, self._blocks, scored, spec, hidden_states=self.hidden_states)
+        search = AllocationSearch(grid, by_block, database, distance)
+        counts = distributed.gather_objects((len(self._batches), sum(b.input_ids.numel() for b in self._batches)))
+        batches, tokens = (sum(column) for column in zip(*counts, strict=True))
+        options = search_options(
+            self.search_budget, tokens // batches, batches * len(self._grid), len(by_block), self.seed
+        )
+        state = search.run(options, start, title=self._title("searching the allocation"))
+        best, uniform = search.measure(state.best), search.measure(grid.uniform)
+        note = (
+            f"search: {state.tokens} forward tokens in {state.rounds} rounds, seed {self.seed}, distance to the dense "
+            f"model's predictions {best:.4f} nats per token (uniform {uniform:.4f})"
+        )
+        return grid.values(state.best), note
+
+    def _start(self, grid: LevelGrid, by_error: Sequence[float]) -> list[Candidate]:
+        """Candidates of the first round: uniform, sparsity falling and rising over the depth, equal marginal error."""
+        allocations = [linear_over_depth(grid.total, grid.sizes, spread) for spread in (0.1, -0.1)]
+        near = [grid.nearest(values, self.seed) for values in (*allocations, by_error)]
+        return [grid.uniform, *(candidate for candidate in near if candidate is not None)]
+
+    @contextlib.contextmanager
+    def _database(self, model: torch.nn.Module, plan: SearchPlan) -> Iterator[LevelDatabase]:
+        """The database in ``search_directory``, or in a directory that is removed at the end."""
+        if self.search_directory is not None:
+            yield self._open_database(model, Path(self.search_directory), plan)
+            return
+        made = Path(tempfile.mkdtemp(prefix="sinkprune-search-")) if distributed.rank() == 0 else None
+        directory = distributed.gather_objects(made)[0]
+        with removed_on_termination(directory):
+            try:
+                yield self._open_database(model, directory, plan)
+                # Nobody reads any more.
+                distributed.barrier()
+            finally:
+                if made is not None:
+                    shutil.rmtree(directory, ignore_errors=True)
+
+    def _open_database(self, model: torch.nn.Module, directory: Path, plan: SearchPlan) -> LevelDatabase:
+        problem = fingerprint(self, model, self._targets, self._batches)
+        with distributed.failing_together():
+            return LevelDatabase(directory, problem, needed_bytes=plan.database_bytes, dense_bytes=plan.decoded_bytes)
+
+    def _solve_levels(
+        self,
+        engine: PassEngine,
+        passes: Sequence[CalibrationPass],
+        levels: Mapping[int, Sequence[float]],
+        receive: ReceiveLevels,
+        done: Callable[[str], bool] = lambda _name: False,
+    ) -> None:
+        """Solve every Linear at the levels of its block, on the dense model's inputs; weights stay as they are.
+
+        :param engine: the engine
+        :param passes: passes with their final token weights
+        :param levels: block → sparsities
+        :param receive: gets the result on the process that solved it
+        :param done: name of a target → whether it is known already
+        """
+        by_block = targets_by_block(self._targets)
+
+        def visit(block: OnloadedBlock) -> None:
+            missing = [target for target in by_block.get(block.index, []) if not done(target.name)]
+            observer = InputObserver(missing, self._observe)
+            with distributed.failing_together():
+                handles = observer.attach(self.register_hook)
+                block.run(observer.watching, advance=True)
+                self.remove_hooks(handles)
+                observer.require_reached()
+                self._finite.require()
+            self._solve_block_levels(missing, observer.leaders, levels.get(block.index, ()), receive)
+
+        engine.sweep(
+            passes, visit, title=self._title("levels of every block"), block_runs=len(passes) * len(self._blocks)
+        )
+
+    def _solve_block_levels(
+        self,
+        targets: Sequence[PruningTarget],
+        leaders: dict[str, str],
+        levels: Sequence[float],
+        receive: ReceiveLevels,
+    ) -> None:
+        served, owners, statistics = self._summed_statistics(targets, leaders)
+        with distributed.failing_together(), torch.no_grad():
+            for leader, group in served.items():
+                mine = statistics.pop(leader)
+                if owners[leader] != distributed.rank():
+                    continue
+                device = torch.device(get_execution_device(group[0].module))
+                metric = self._error_metric(mine).to(device, torch.float32)
+                solver = self._solver(leader, mine, device)
+                for target in group:
+                    with align_module_device(target.module):
+                        W = target.module.weight.detach()
+                        whole = _energy(W, metric)
+                        solved = [solver(W, level)[0] for level in levels]
+                        errors = [_energy(each - W, metric) / whole if whole else 0.0 for each in solved]
+                    receive(target.name, solved, errors)
+
+
+def _by_error(grid: LevelGrid, by_block: dict[int, list[PruningTarget]], errors: dict[str, list[float]]) -> list[float]:
+    """Equal marginal error over the levels of the blocks."""
+    curves = []
+    for group in by_block.values():
+        of_linears = [errors[target.name] for target in group]
+        curves.append([sum(values) / len(of_linears) for values in zip(*of_linears, strict=True)][::-1])
+    return equal_marginal_error(grid.total, grid.sizes, [levels[::-1] for levels in grid.sparsities], curves)
+
+
+def _energy(W: torch.Tensor, metric: torch.Tensor) -> float:
+    """Σ over tokens of the squared output of a weight: tr(W M Wᵀ)."""
+    W = W.float()
+    product = W * metric if metric.dim() == 1 else W @ metric
+    return float((product * W).sum(dtype=torch.float64))
