@@ -21,6 +21,7 @@ from sinkprune_plugin.modifiers.level_database import CACHE_BYTES, LevelDatabase
 from sinkprune_plugin.modifiers.oneshot_flow import calibration_dataset, run_oneshot
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
+from sinkprune_plugin.pruning import level_grid
 
 ALL = [SinkAwareWandaModifier, SinkAwareSparseGPTModifier, SinkAwareADMMModifier]
 # Two windows of 64 tokens at two timesteps, so four passes. A round of the search then measures 16 candidates on one of
@@ -28,7 +29,15 @@ ALL = [SinkAwareWandaModifier, SinkAwareSparseGPTModifier, SinkAwareADMMModifier
 QUICK = {"diffusion_steps": 4, "sample_interval": 2}
 ONE_ROUND = (16 * 1 + 4 * 2 + 3 * 4) * 64
 THREE_ROUNDS = 3 * ONE_ROUND
+# The solver's quality is tested elsewhere; here it solves 42 Linears at five levels.
+FAST = {SinkAwareADMMModifier: {"iterations": 2, "gradual_iterations": 1, "refine": "none"}}
 LISTED = [0.8, 0.8, 0.7, 0.7, 0.65, 0.55]
+
+
+@pytest.fixture
+def few_levels(monkeypatch):
+    """0.8, 0.775, … 0.7 at 75 %, instead of eleven levels."""
+    monkeypatch.setattr(level_grid, "LEVELS_ASIDE", 2)
 
 
 @pytest.fixture
@@ -107,9 +116,10 @@ def test_fields_that_contradict_each_other_are_refused(fields, message):
         SinkAwareADMMModifier(**fields)
 
 
+@pytest.mark.usefixtures("few_levels")
 @pytest.mark.parametrize("cls", ALL)
 def test_error_gives_an_exact_total(cls, tokenizer, windows):
-    modifier = cls(sparsity=0.75, allocation="error", **QUICK)
+    modifier = cls(sparsity=0.75, allocation="error", **QUICK, **FAST.get(cls, {}))
     model = pruned_by(modifier, tokenizer, windows)
     of_blocks, total = zeros_by_block(model)
     assert sum(modifier.allocation) / 6 == pytest.approx(0.75, abs=1e-12)
@@ -117,9 +127,10 @@ def test_error_gives_an_exact_total(cls, tokenizer, windows):
     assert total == pytest.approx(0.75, abs=close(cls))
     # Not all the same, and within the levels.
     assert max(modifier.allocation) - min(modifier.allocation) > 0.02
-    assert 0.625 - 1e-9 <= min(modifier.allocation) <= max(modifier.allocation) <= 0.875 + 1e-9
+    assert 0.7 - 1e-9 <= min(modifier.allocation) <= max(modifier.allocation) <= 0.8 + 1e-9
 
 
+@pytest.mark.usefixtures("few_levels")
 def test_errors_are_those_of_the_outputs(monkeypatch, tokenizer, windows):
     """Relative squared errors of a Linear's output, computed from the inputs themselves."""
     found, inputs, levels = {}, [], {}
@@ -139,7 +150,8 @@ def test_errors_are_those_of_the_outputs(monkeypatch, tokenizer, windows):
 
     monkeypatch.setattr(SinkAwareADMMModifier, "_solve_levels", recording)
     # No sink is this far above the mean, so that every token counts 1.
-    pruned_by(SinkAwareADMMModifier(sparsity=0.75, allocation="error", sink_std=1e6, **QUICK), tokenizer, windows)
+    fields = {"sparsity": 0.75, "allocation": "error", "sink_std": 1e6, **QUICK, **FAST[SinkAwareADMMModifier]}
+    pruned_by(SinkAwareADMMModifier(**fields), tokenizer, windows)
     W, weights, errors = found["model.transformer.blocks.2.ff_out"]
     x = torch.cat(inputs)
     expected = [float(((each - W) @ x.T).square().sum() / (W @ x.T).square().sum()) for each in weights]
@@ -149,9 +161,10 @@ def test_errors_are_those_of_the_outputs(monkeypatch, tokenizer, windows):
     assert [float((each == 0).float().mean()) for each in weights] == pytest.approx(list(levels[2]), abs=1e-4)
 
 
+@pytest.mark.usefixtures("few_levels")
 @pytest.mark.parametrize("cls", ALL)
 def test_search_gives_an_exact_total_and_a_recipe_with_its_provenance(cls, tokenizer, windows, tmp_path):
-    modifier = cls(sparsity=0.75, allocation="search", search_budget=ONE_ROUND, **QUICK)
+    modifier = cls(sparsity=0.75, allocation="search", search_budget=ONE_ROUND, **QUICK, **FAST.get(cls, {}))
     model = load_model(EMBEDDED_MODEL, torch.float32)
     lines = []
     sink = logger.add(lines.append, level="INFO", format="{message}")
@@ -185,6 +198,7 @@ def test_search_gives_an_exact_total_and_a_recipe_with_its_provenance(cls, token
         assert torch.equal(a.weight, b.weight), name
 
 
+@pytest.mark.usefixtures("few_levels")
 def test_a_search_that_was_interrupted_goes_on_and_ends_as_one_that_was_not(tokenizer, windows, tmp_path, monkeypatch):
     fields = {"sparsity": 0.75, "allocation": "search", "search_budget": THREE_ROUNDS, **QUICK}
     solved = []
@@ -232,15 +246,15 @@ def test_a_search_that_was_interrupted_goes_on_and_ends_as_one_that_was_not(toke
         pruned_by(other, tokenizer, windows)
 
 
-def test_the_seed_decides(tokenizer, windows, tmp_path):
-    found = []
-    for seed in (0, 0, 1):
-        modifier = SinkAwareWandaModifier(
-            sparsity=0.75, allocation="search", search_budget=ONE_ROUND, seed=seed, **QUICK
-        )
+@pytest.mark.usefixtures("few_levels")
+def test_the_seed_decides(tokenizer, windows):
+    notes = []
+    for seed in (1, 2):
+        fields = {"sparsity": 0.75, "allocation": "search", "search_budget": ONE_ROUND, **QUICK}
+        modifier = SinkAwareWandaModifier(seed=seed, **fields)
         pruned_by(modifier, tokenizer, windows)
-        found.append(modifier.allocation_note)
-    assert found[0] == found[1] != found[2]
+        notes.append(modifier.allocation_note.replace(f"seed {seed}", ""))
+    assert notes[0] != notes[1]
 
 
 def test_a_disk_without_room_for_the_database_is_refused(model, tokenizer, windows, monkeypatch):
@@ -283,12 +297,15 @@ def test_the_estimate_of_an_8b_model():
     assert estimate.search.decoded_bytes > CACHE_BYTES
 
 
+@pytest.mark.usefixtures("few_levels")
 def test_the_searched_recipe(tokenizer, windows):
-    """The recipe as it is, on a search of one round."""
+    """The recipe through oneshot(), on one round, a coarse grid and a fast solver."""
     content = yaml.safe_load((RECIPES / "sink_aware_admm_searched.yaml").read_text())
     fields = content["prune_stage"]["prune_modifiers"]["SinkAwareADMMModifier"]
     assert fields["allocation"] == "search"
-    fields["search_budget"] = ONE_ROUND
+    fields |= {"search_budget": ONE_ROUND, **QUICK, **FAST[SinkAwareADMMModifier]}
     model = load_model(EMBEDDED_MODEL, torch.float32)
     run_oneshot(model, tokenizer, yaml.safe_dump(content), windows)
-    assert zeros_by_block(model)[1] == pytest.approx(fields["sparsity"], abs=1e-4)
+    of_blocks, total = zeros_by_block(model)
+    assert total == pytest.approx(fields["sparsity"], abs=1e-4)
+    assert max(of_blocks) - min(of_blocks) > 0.02

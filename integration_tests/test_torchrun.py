@@ -84,6 +84,14 @@ for name, fields in {{"Units": units, "Search": {{**units, "allocation": "search
     weights = prune(SinkAwareStructuredModifier, shuffle=False, **fields)
     save_file(weights, sys.argv[1] + f"/{{name}}-{{rank()}}.safetensors")
 
+reset_session()
+searching = SinkAwareWandaModifier(
+    sparsity=0.75, allocation="search", search_budget=5000, diffusion_steps=4, sample_interval=2
+)
+oneshot(model=load_model(r"{model}", torch.float32), tokenizer=load_tokenizer(r"{model}"), dataset=data,
+        recipe=[searching], num_calibration_samples=4, max_seq_length=64, shuffle_calibration_samples=False)
+json.dump([searching.allocation, searching.allocation_note], open(sys.argv[1] + f"/search-{{rank()}}.json", "w"))
+
 put_back = []
 fill = KeptZeros._fill
 
@@ -179,6 +187,20 @@ def test_all_processes_have_the_smaller_model(name, runs):
         ]
         # Rows that stay are copies; sums in another order flip near ties between those that go.
         assert sum(int(found.sum()) for found in rows) / sum(len(found) for found in rows) > 0.95
+
+
+def test_a_search_comes_to_the_same_allocation_in_all_processes(runs):
+    """Each process measures the candidates on its own samples, and all take the sum."""
+    first, second = (json.loads((runs[1] / f"search-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    allocation, note = first
+    assert sum(allocation) / 6 == pytest.approx(0.75)
+    # A round takes 4 passes of 64 tokens in each process for the last three candidates, 2 for four of them, and one for
+    # the sixteen of the first stage.
+    assert note.startswith(f"search: {2 * 64 * (16 + 4 * 2 + 3 * 4)} forward tokens in 1 rounds")
+    # And what one process measures on all samples, for the uniform allocation on the same weights.
+    alone = json.loads((runs[0] / "search-0.json").read_text())[1]
+    assert float(note.split("uniform ")[1][:-1]) == pytest.approx(float(alone.split("uniform ")[1][:-1]), abs=2e-4)
 
 
 def test_one_process_puts_back_the_zeros_that_a_quantizer_filled(runs):

@@ -170,11 +170,7 @@ class SinkAwareModifierBase(SinkAwareFields):
         return True
 
     def _find_targets(self, model: torch.nn.Module) -> None:
-        """Set the Linears to prune and the decoder blocks.
-
-        :param model: model to prune
-        :raises UsageError: if there are none
-        """
+        """Set the Linears to prune and the decoder blocks; refuses a model that has none."""
         self._targets, self._blocks = resolve_targets(model, list(self.targets), self.ignore)
 
     def _settle(self, values: list[float], note: str) -> None:

@@ -62,9 +62,7 @@ def solve(
     columns. Fixed zeros and the columns of dead features are removed first and count toward that; only if they alone
     exceed the share, more are removed.
 
-    Memory in addition to W and the prepared Hessian, float32: target and state, a byte or two per weight for masks, and
-    up to four chunks of rows (``hessian.CHUNK_BYTES``). For 4096 × 12288 that is 0.5 GB and half a GB of chunks; with
-    its Hessian, drift and resolvent 3.4 GB.
+    Memory: see :func:`solver_bytes`; 3.0 GB for 4096 × 12288 with a drift, its Hessian included.
 
     :param W: (rows, C) dense weight, any floating dtype, left untouched
     :param hessian: prepared Hessian of W's input; its target is W, or the dense output where it has a drift
@@ -103,12 +101,19 @@ def solver_bytes(rows: int, columns: int, *, dense_target: bool) -> int:
     :param rows: output features
     :param columns: input features
     :param dense_target: whether there is a drift
-    :return: bytes: squares of the columns (the Hessian, with a drift two more, and two while the resolvent is
-        factored), target and state in float32, masks, scores of the selection, and four chunks of rows
+    :return: bytes of the phase that takes most. With squares of the columns and weights in float32 these are:
+        preparing for a drift 5 squares (Hessian, drift, factor, solution and its transpose); factoring the resolvent 3
+        squares, 4 with a drift, and the target; iterating a square less, target and state, up to five masks of a byte
+        per weight, and four chunks of rows
     """
-    square, weight = columns**2, rows * columns
-    chunk = min(hessian_module.CHUNK_BYTES, 4 * weight)
-    return 4 * square * (5 if dense_target else 4) + weight * (2 * 4 + 4) + 4 * chunk
+    square, weight = 4 * columns**2, 4 * rows * columns
+    chunk = min(hessian_module.CHUNK_BYTES, weight)
+    held = 2 if dense_target else 1
+    preparing = 5 * square if dense_target else square
+    factoring = (held + 2) * square + 1.5 * weight
+    iterating = (held + 1) * square + 3.25 * weight + 4 * chunk
+    # In addition a few vectors, such as the Hessian's scale.
+    return int(max(preparing, factoring, iterating)) + 32 * columns
 
 
 class _Selection:

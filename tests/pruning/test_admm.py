@@ -126,6 +126,18 @@ def test_refining_gives_the_least_squares_weights_of_the_mask():
     torch.testing.assert_close(refined.double(), least_squares(W, plain == 0, H), rtol=2e-3, atol=2e-3)
 
 
+def test_the_error_grows_with_the_sparsity_and_falls_with_iterations():
+    W, _, H = make_layer(11, 32, 64)
+    losses = [solve(W, prepared(H), sparsity, UNSTRUCTURED)[1] for sparsity in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    assert losses == sorted(losses)
+    # One iteration takes the mask at once, from the dense weight.
+    by_iterations = [
+        solve(W, prepared(H), 0.7, UNSTRUCTURED, ADMMOptions(iterations=count, gradual_iterations=count))[1]
+        for count in (1, 4, 16)
+    ]
+    assert by_iterations == sorted(by_iterations, reverse=True)
+
+
 def test_two_solves_agree_to_the_bit():
     W, _, H = make_layer(3, 32, 64)
     first, second = (solve(W, prepared(H), 0.6, UNSTRUCTURED, ADMMOptions(refine_iterations=5)) for _ in range(2))
@@ -241,16 +253,16 @@ def test_memory_is_what_solver_bytes_says(monkeypatch, drifting, structure):
     rows, columns = 256, 768
     monkeypatch.setattr(hessian_module, "CHUNK_BYTES", hessian_module.CHUNK_BYTES // 256)
     W, _, H = make_layer(10, rows, columns, tokens=1000)
-    drift = 0.01 * H if drifting else None
 
     def run():
-        prepared_hessian = hessian_module.prepare_hessian(H, 0.01, "proj", drift=drift)
-        solve(W, prepared_hessian, 0.75, structure)
+        # The only references, so that the drift's memory is free once it was used.
+        matrices = [0.01 * H, H.clone()] if drifting else [None, H.clone()]
+        hessian = hessian_module.prepare_hessian(matrices.pop(), 0.01, "proj", drift=matrices.pop())
+        solve(W, hessian, 0.75, structure)
 
-    found = peak_bytes(run)
-    # H and the drift are there before and are overwritten.
-    stated = solver_bytes(rows, columns, dense_target=drifting) - 4 * columns**2 * (2 if drifting else 1)
-    assert 0.7 * stated < found <= stated
+    found, stated = peak_bytes(run), solver_bytes(rows, columns, dense_target=drifting)
+    # Not all phases are at their peak with all temporaries at once.
+    assert 0.8 * stated < found <= stated
 
 
 def test_an_8b_model_is_solved_beside_a_block_in_24_gb():
@@ -259,5 +271,5 @@ def test_an_8b_model_is_solved_beside_a_block_in_24_gb():
     block = 2 * (4 * 4096**2 + 3 * 4096 * 12288)
     waiting = 2 * 4 * (3 * 4096**2 + 12288**2)
     solver = solver_bytes(4096, 12288, dense_target=True)
-    assert solver < 5e9
+    assert round(solver / 1e9, 1) == 3.0
     assert block + waiting + solver < 24e9
