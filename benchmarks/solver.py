@@ -11,6 +11,7 @@ The runs take turns; the ratios are medians of the ratios round by round. Models
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -71,7 +72,7 @@ def calibration_runs(model_name: Any, windows: torch.Tensor, **grid: int) -> dic
         run_oneshot(model, load_tokenizer(EMBEDDED_MODEL), make(), windows)
         return time.perf_counter() - started
 
-    return {name: (lambda make=make: run(make)) for name, make in modifiers.items()}
+    return {name: functools.partial(run, make) for name, make in modifiers.items()}
 
 
 def timed(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

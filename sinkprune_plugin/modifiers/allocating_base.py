@@ -145,11 +145,11 @@ class AllocatingModifierBase(SinkAwareModifierBase):
             with disable_onloading():
                 plan = self._search_plan(len(self._batches), sum(batch.input_ids.numel() for batch in self._batches))
             with self._database(engine.model, plan) as database:
-                chosen, note = self._search(engine, passes, grid, by_block, database)
+                chosen, note = self._search_sparsities(engine, passes, grid, by_block, database)
         by_index = dict(zip(by_block, chosen, strict=True))
         self._settle([by_index.get(index, grid.total) for index in range(len(self._blocks))], note)
 
-    def _search(
+    def _search_sparsities(
         self,
         engine: PassEngine,
         passes: Sequence[CalibrationPass],

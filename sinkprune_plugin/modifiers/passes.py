@@ -156,7 +156,7 @@ class PassEngine:
         progress: bool = True,
     ) -> None:
         _require_like_blocks(model)
-        self.model = model
+        self._model = model
         self._blocks = blocks
         self._hidden = HiddenStates(hidden_states)
         self._dense = HiddenStates(hidden_states)
@@ -221,20 +221,20 @@ class PassEngine:
         :param watch: context that is entered around each pass
         :param title: name of the progress bar
         """
-        device = input_device(self.model)
+        device = input_device(self._model)
         bar = tqdm.tqdm(desc=title, total=len(self._passes), unit="pass", disable=not self._progress)
         with bar, disable_offloading():
             for number, (each, hidden) in enumerate(zip(self._passes, self._hidden.read(device), strict=True)):
                 output = self._as_output(hidden)
                 skipped = [(block, lambda *_args, _output=output, **_kwargs: _output) for block in self._blocks]
                 with forward_replaced(skipped), watch(number, each):
-                    self.model(**_moved(each.inputs, device))
+                    self._model(**_moved(each.inputs, device))
                 bar.update()
 
     def _embed(self) -> None:
         """Record what each pass calls the first block with."""
         self._calls = []
-        device = input_device(self.model)
+        device = input_device(self._model)
         pinned = torch.device(get_execution_device(self._blocks[0])).type == "cuda"
         for index, each in enumerate(self._passes):
             args, kwargs = self._first_call(_moved(each.inputs, device))
@@ -259,7 +259,7 @@ class PassEngine:
 
         handle = self._blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            self.model(**inputs)
+            self._model(**inputs)
         except _FirstBlockReachedError:
             return seen[0]
         finally:

@@ -46,7 +46,7 @@ class StructuredFields(HessianModifierBase):
     granularity: dict[UnitKind, int] = Field(default_factory=dict)
     score: Literal["obs", "magnitude", "wanda"] = "obs"
     compensate: bool = True
-    allocation: Literal["uniform", "error", "search"] = "uniform"  # type: ignore[assignment]
+    allocation: Literal["uniform", "error", "search"] = "uniform"
     target: Literal["dense", "current"] = "dense"
     within_block: Literal["sequential", "parallel"] = "sequential"
     preserve_sparsity_mask: bool = True
