@@ -103,6 +103,17 @@ def test_defaults(name, context, make, log):
         assert any(words in line for line in log), words
 
 
+def test_registering_again_wraps_nothing_twice():
+    from vllm.engine.arg_utils import EngineArgs
+
+    from sinkprune_plugin.vllm.register import register
+
+    made = EngineArgs.create_engine_config
+    register()
+    assert EngineArgs.create_engine_config is made
+    assert not hasattr(made.__wrapped__, "__wrapped__")
+
+
 def test_given_numbers_are_kept(make, log):
     config = make(max_num_seqs=1024, max_model_len=2048, diffusion_config={"canvas_length": 128})
     assert config.scheduler_config.max_num_seqs == 1024

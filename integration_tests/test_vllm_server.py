@@ -89,6 +89,24 @@ def test_text_is_that_of_the_plain_sampler(server):
     assert answer.json()["usage"]["completion_tokens"] == 32
 
 
+def test_a_temperature_of_one_counts_if_it_is_asked_for_by_its_own_name(server):
+    """vLLM fills in temperature 1.0 for clients that send none, so that number by itself can't mean anything."""
+    prompt, model = [5, 6, 7, 8], load_model(EMBEDDED_MODEL, torch.float32)
+
+    def text(temperature, **options):
+        body = {"prompt": prompt, "max_tokens": 16, "temperature": temperature, "vllm_xargs": options}
+        answer = complete(server, **body, ignore_eos=True)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["text"]
+
+    def plain(temperature):
+        tokens = denoise(model, torch.tensor(prompt), gen_length=16, temperature=temperature, seed=3).sequences[0]
+        return load_tokenizer(EMBEDDED_MODEL).decode(tokens)
+
+    assert text(1.0, dlm_temperature=1.0, dlm_seed=3) == plain(1.0) != plain(0.0)
+    assert text(1.0, dlm_seed=3) == plain(0.0)
+
+
 def test_numbers_may_come_as_text_and_token_ids_as_a_prompt(server):
     numbers = complete(server, prompt=[5, 6, 7], max_tokens=16, vllm_xargs={"dlm_block_length": 8, "dlm_cache": "dual"})
     text = complete(server, prompt=[5, 6, 7], max_tokens=16, vllm_xargs={"dlm_block_length": "8", "dlm_cache": "dual"})
