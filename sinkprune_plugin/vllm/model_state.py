@@ -49,6 +49,7 @@ class DenoisingModelState(ModelState):
         self._canvas_length = vllm_config.diffusion_config.canvas_length
         self._spec = resolve_diffusion(self.model_config.hf_config)
         self._slots = SlotTable(self.max_num_reqs, self._canvas_length)
+        self._one_rank = vllm_config.parallel_config.tensor_parallel_size == 1
         self._sampler: DenoisingSampler | None = None
         self._batch: DeviceBatch | None = None
         # Positions after each query that attention must see as well; None if there are none.
@@ -119,7 +120,8 @@ class DenoisingModelState(ModelState):
             query=input_batch.num_scheduled_tokens[:num_reqs].astype(np.int64),
             canvas=np.diff(input_batch.cu_num_logits_np[: num_reqs + 1]).astype(np.int64),
         )
-        left = self._sampler.known_left()
+        # Ranks may hear of it at different times, and all of them must project the same rows.
+        left = self._sampler.known_left() if self._one_rank else None
         if left is not None:
             self._slots.note_left(left)
         plan = self._slots.plan(layout)
