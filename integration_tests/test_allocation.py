@@ -15,7 +15,7 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
 from sinkprune_plugin.models.decoder_blocks import block_linears
 from sinkprune_plugin.models.llada import LLaDAConfig, LLaDAModelLM
-from sinkprune_plugin.modifiers import allocating_base
+from sinkprune_plugin.modifiers import allocating_base, allocation_search
 from sinkprune_plugin.modifiers.admm import SinkAwareADMMModifier
 from sinkprune_plugin.modifiers.level_database import CACHE_BYTES, LevelDatabase
 from sinkprune_plugin.modifiers.oneshot_flow import calibration_dataset, run_oneshot
@@ -24,10 +24,10 @@ from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
 from sinkprune_plugin.pruning import level_grid
 
 ALL = [SinkAwareWandaModifier, SinkAwareSparseGPTModifier, SinkAwareADMMModifier]
-# Two windows of 64 tokens at two timesteps, so four passes. A round of the search then measures 16 candidates on one of
-# them, 4 on two, and 3 on all.
+# Two windows of 64 tokens at two timesteps, so four passes. A round of the small search measures 4 candidates on one of
+# them, 2 on two, and 2 on all.
 QUICK = {"diffusion_steps": 4, "sample_interval": 2}
-ONE_ROUND = (16 * 1 + 4 * 2 + 3 * 4) * 64
+ONE_ROUND = (4 * 1 + 2 * 2 + 2 * 4) * 64
 THREE_ROUNDS = 3 * ONE_ROUND
 # The solver's quality is tested elsewhere; here it solves 42 Linears at five levels.
 FAST = {SinkAwareADMMModifier: {"iterations": 2, "gradual_iterations": 1, "refine": "none"}}
@@ -35,9 +35,12 @@ LISTED = [0.8, 0.8, 0.7, 0.7, 0.65, 0.55]
 
 
 @pytest.fixture
-def few_levels(monkeypatch):
-    """0.8, 0.775, … 0.7 at 75 %, instead of eleven levels."""
+def small_search(monkeypatch):
+    """Levels 0.8, 0.775, … 0.7 at 75 %, instead of eleven, and a quarter of the candidates."""
     monkeypatch.setattr(level_grid, "LEVELS_ASIDE", 2)
+    monkeypatch.setattr(allocation_search, "OFFSPRING", 4)
+    monkeypatch.setattr(allocation_search, "SECOND", 2)
+    monkeypatch.setattr(allocation_search, "LAST", 1)
 
 
 @pytest.fixture
@@ -116,7 +119,7 @@ def test_fields_that_contradict_each_other_are_refused(fields, message):
         SinkAwareADMMModifier(**fields)
 
 
-@pytest.mark.usefixtures("few_levels")
+@pytest.mark.usefixtures("small_search")
 @pytest.mark.parametrize("cls", ALL)
 def test_error_gives_an_exact_total(cls, tokenizer, windows):
     modifier = cls(sparsity=0.75, allocation="error", **QUICK, **FAST.get(cls, {}))
@@ -130,7 +133,7 @@ def test_error_gives_an_exact_total(cls, tokenizer, windows):
     assert 0.7 - 1e-9 <= min(modifier.allocation) <= max(modifier.allocation) <= 0.8 + 1e-9
 
 
-@pytest.mark.usefixtures("few_levels")
+@pytest.mark.usefixtures("small_search")
 def test_errors_are_those_of_the_outputs(monkeypatch, tokenizer, windows):
     """Relative squared errors of a Linear's output, computed from the inputs themselves."""
     found, inputs, levels = {}, [], {}
@@ -161,7 +164,7 @@ def test_errors_are_those_of_the_outputs(monkeypatch, tokenizer, windows):
     assert [float((each == 0).float().mean()) for each in weights] == pytest.approx(list(levels[2]), abs=1e-4)
 
 
-@pytest.mark.usefixtures("few_levels")
+@pytest.mark.usefixtures("small_search")
 @pytest.mark.parametrize("cls", ALL)
 def test_search_gives_an_exact_total_and_a_recipe_with_its_provenance(cls, tokenizer, windows, tmp_path):
     modifier = cls(sparsity=0.75, allocation="search", search_budget=ONE_ROUND, **QUICK, **FAST.get(cls, {}))
@@ -190,7 +193,7 @@ def test_search_gives_an_exact_total_and_a_recipe_with_its_provenance(cls, token
     assert note.startswith(f"search: {ONE_ROUND} forward tokens in 1 rounds, seed 0, distance to the dense model's")
     best, uniform = map(float, re.search(r"predictions (\S+) nats per token \(uniform (\S+)\)", note).groups())
     assert 0 < best <= uniform
-    assert any("search of at most 2,304 forward tokens on 23 candidates" in line for line in lines)
+    assert any("search of at most 1,024 forward tokens on 8 candidates" in line for line in lines)
     # The saved recipe gives the same model, without a search.
     again = cls(**{name: value for name, value in fields.items() if value is not None})
     other = pruned_by(again, tokenizer, windows)
@@ -198,7 +201,7 @@ def test_search_gives_an_exact_total_and_a_recipe_with_its_provenance(cls, token
         assert torch.equal(a.weight, b.weight), name
 
 
-@pytest.mark.usefixtures("few_levels")
+@pytest.mark.usefixtures("small_search")
 def test_a_search_that_was_interrupted_goes_on_and_ends_as_one_that_was_not(tokenizer, windows, tmp_path, monkeypatch):
     fields = {"sparsity": 0.75, "allocation": "search", "search_budget": THREE_ROUNDS, **QUICK}
     solved = []
@@ -246,7 +249,7 @@ def test_a_search_that_was_interrupted_goes_on_and_ends_as_one_that_was_not(toke
         pruned_by(other, tokenizer, windows)
 
 
-@pytest.mark.usefixtures("few_levels")
+@pytest.mark.usefixtures("small_search")
 def test_the_seed_decides(tokenizer, windows):
     notes = []
     for seed in (1, 2):
@@ -257,6 +260,7 @@ def test_the_seed_decides(tokenizer, windows):
     assert notes[0] != notes[1]
 
 
+@pytest.mark.usefixtures("small_search")
 def test_a_disk_without_room_for_the_database_is_refused(model, tokenizer, windows, monkeypatch):
     asked = []
 
@@ -268,9 +272,9 @@ def test_a_disk_without_room_for_the_database_is_refused(model, tokenizer, windo
     modifier = SinkAwareADMMModifier(sparsity=0.75, allocation="search", search_budget=ONE_ROUND, **QUICK)
     with pytest.raises(UsageError, match="needs about 9 GB"):
         run_oneshot(model, tokenizer, modifier, windows)
-    # Eleven levels around 75 % in float32: a quarter of the values, a bit for each weight, an offset for each row.
+    # Five levels around 75 % in float32: a quarter of the values, a bit for each weight, an offset for each row.
     weights = [module.weight for module in block_linears(model).values()]
-    assert asked[0] == pytest.approx(sum(11 * (W.numel() * (0.25 * 4 + 0.125) + 8 * len(W)) for W in weights), rel=1e-3)
+    assert asked[0] == pytest.approx(sum(5 * (W.numel() * (0.25 * 4 + 0.125) + 8 * len(W)) for W in weights), rel=1e-3)
 
 
 def test_the_estimate_of_an_8b_model():
@@ -297,7 +301,7 @@ def test_the_estimate_of_an_8b_model():
     assert estimate.search.decoded_bytes > CACHE_BYTES
 
 
-@pytest.mark.usefixtures("few_levels")
+@pytest.mark.usefixtures("small_search")
 def test_the_searched_recipe(tokenizer, windows):
     """The recipe through oneshot(), on one round, a coarse grid and a fast solver."""
     content = yaml.safe_load((RECIPES / "sink_aware_admm_searched.yaml").read_text())
