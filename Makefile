@@ -65,6 +65,7 @@ bench: setup-core  ## the benchmarks; each prints a table and ends with one JSON
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/checkpoint.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/offload.py
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/solver.py
 
 bench-serving: setup  ## the vLLM adapter against a plain loop: ten minutes on a CPU
 	$(BIN)/python benchmarks/serving.py
