@@ -187,6 +187,7 @@ def main() -> None:
                     arguments.batch,
                     arguments.caches,
                     arguments.pairs,
+                    not arguments.no_plain,
                     bar,
                 )
     table = Table(title="this version in times of the older one, and its own time per step", title_justify="left")
