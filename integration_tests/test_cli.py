@@ -171,6 +171,7 @@ def test_the_named_recipes_exist():
         "sink_aware_structured",
         "sink_aware_structured_then_2of4",
         "sink_aware_admm_searched",
+        "sink_aware_admm_recovered",
         "wanda_as_published",
         "sparsegpt_as_published",
     }

@@ -12,6 +12,10 @@ from sinkprune_plugin.modifiers.fit_plan import FitPlan, PassId
 
 __all__ = ["BlockFit", "FitExample", "FitOptions", "fit_weights", "relative_error", "state_bytes"]
 
+# Losses are scaled for the backward pass: the gradient of an output is about a hundredth of 1/d, which in float16 would
+# be rounded to nothing.
+LOSS_SCALE = 2.0**12
+
 
 @dataclass(frozen=True)
 class FitOptions:
@@ -30,7 +34,7 @@ class FitOptions:
     """
 
     epochs: int = 5
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     warmup: float = 0.05
     step_windows: int = 8
     held_out: float = 0.125
@@ -135,12 +139,15 @@ class _Training:
                 for (name, weight), master in zip(self._weights.items(), self.masters.values(), strict=True)
             }
 
-    def step(self) -> None:
-        """One step on gradients that are complete; those of zeros are left out, so that their moments stay zero too."""
+    def step(self, scale: float) -> None:
+        """One step on the sums of the processes' gradients; those of zeros are left out, so that they have no moments.
+
+        :param scale: factor on the gradients
+        """
         for name, master in self.masters.items():
             assert master.grad is not None
             distributed.sum_everywhere(master.grad)
-            master.grad.mul_(self._kept(name))
+            master.grad.mul_(self._kept(name)).mul_(scale)
         torch.nn.utils.clip_grad_norm_(self.masters.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -182,19 +189,21 @@ def fit_weights(
     device = next(iter(weights.values())).device
 
     def mean_error(passes: Sequence[PassId], *, learn: bool) -> float:
-        """Mean relative error of passes of all processes; ``learn`` adds its gradient to the masters'."""
+        """Mean relative error of passes of all processes; ``learn`` adds the gradient of this one's scaled sum."""
         total = torch.zeros((), dtype=torch.float32, device=device)
-        norm = sum(pass_weights[each] for each in passes)
         with distributed.failing_together(), torch.set_grad_enabled(learn):
             for number in (number for rank, number in passes if rank == distributed.rank()):
                 output = example.predict(number, training.tensors())
-                error = relative_error(output, example.target(number), example.token_weights(number)) / norm
+                error = relative_error(output, example.target(number), example.token_weights(number))
                 if learn:
-                    error.backward()
+                    (error * LOSS_SCALE).backward()
                 total += error.detach()
                 progress()
         distributed.sum_everywhere(total)
-        return float(total)
+        return float(total) / token_weight(passes)
+
+    def token_weight(passes: Sequence[PassId]) -> float:
+        return sum(pass_weights[each] for each in passes)
 
     judged = plan.held_out or tuple(dict.fromkeys(each for step in plan.steps for each in step))
     before = best = mean_error(judged, learn=False)
@@ -205,17 +214,22 @@ def fit_weights(
             master.grad = torch.zeros_like(master)
         if not math.isfinite(mean_error(passes, learn=True)):
             return BlockFit(index, before, best, kept_step, done, diverged=True), kept
-        training.step()
+        training.step(1.0 / (LOSS_SCALE * token_weight(passes)))
         schedule.step()
         done += 1
         if plan.held_out and (done % max(1, steps // options.evaluations) == 0 or done == steps):
             error = mean_error(plan.held_out, learn=False)
             if error < best:
-                best, kept, kept_step, missed = error, training.values(), done, 0
+                kept.clear()
+                kept |= training.values()
+                best, kept_step, missed = error, done, 0
             else:
                 missed += 1
             if missed == options.patience:
                 break
     if not plan.held_out:
-        best, kept, kept_step = mean_error(judged, learn=False), training.values(), done
+        error = mean_error(judged, learn=False)
+        if not math.isfinite(error):
+            return BlockFit(index, before, best, 0, done, diverged=True), kept
+        best, kept, kept_step = error, training.values(), done
     return BlockFit(index, before, best, kept_step, done), kept

@@ -1,6 +1,7 @@
 """Blockwise recovery: after pruning, each decoder block is fitted to the dense model's hidden states, one by one."""
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def fit_blocks(
     options: FitOptions | None = None,
     *,
     dense_blocks: Sequence[torch.nn.Module] | None = None,
+    origins: Sequence[int] | None = None,
     linears: Collection[str] | None = None,
     hidden_states: Place = "memory",
     title: str = "recovering blocks",
@@ -49,11 +51,13 @@ def fit_blocks(
     :param options: how each block is fitted
     :param dense_blocks: the dense model's blocks where their shapes differ (structured pruning), perhaps on the meta
         device or as :func:`bare_copy` gives them; None: as the pruned model's
+    :param origins: number of each pruned block among the dense ones, rising, where whole blocks were removed; a block
+        is then fitted to what the dense model gives up to the next one that is left. None: none was removed
     :param linears: full names of the Linears to train; None: all in the blocks
     :param hidden_states: where they wait between two blocks
     :param title: name of the progress bar
     :param progress: show it
-    :return: one result for each block
+    :return: one result for each block that has something to train
     :raises UsageError: if a dense weight is missing or has another shape, the model can't be run block by block, or the
         hidden states don't fit
     """
@@ -65,6 +69,7 @@ def fit_blocks(
         blocks,
         dense_weights,
         [bare_copy(block) for block in dense_blocks or blocks],
+        origins if origins is not None else range(len(dense_blocks or blocks)),
         frozenset(linears if linears is not None else block_linears(model)),
         passes,
         plan,
@@ -130,6 +135,7 @@ class _Recovery:
         blocks: torch.nn.ModuleList,
         dense_weights: Mapping[str, torch.Tensor],
         dense_blocks: Sequence[torch.nn.Module],
+        origins: Sequence[int],
         linears: frozenset[str],
         passes: Sequence[CalibrationPass],
         plan: FitPlan,
@@ -141,6 +147,7 @@ class _Recovery:
         self._blocks = blocks
         self._dense_weights = dense_weights
         self._dense_blocks = dense_blocks
+        self._origins = origins
         self._linears = linears
         self._passes = passes
         self._plan = plan
@@ -149,7 +156,7 @@ class _Recovery:
 
     def check_dense_weights(self) -> None:
         """Refuse a mapping that lacks weights, before any work."""
-        if len(self._dense_blocks) != len(self._blocks):
+        if len(self._origins) != len(self._blocks) or self._origins[-1] >= len(self._dense_blocks):
             raise UsageError(
                 f"the dense model has {len(self._dense_blocks)} decoder blocks and the pruned one {len(self._blocks)}; "
                 "name the model that it was pruned from"
@@ -163,14 +170,22 @@ class _Recovery:
         """Run the dense block, fit the pruned one to it, pass both outputs on."""
         module = self._blocks[block.index]
         # Onloaded once; they stay until the sweep leaves the block.
-        own = dict(module.named_parameters()) | dict(module.named_buffers())
+        own = {name: each.detach() for name, each in [*module.named_parameters(), *module.named_buffers()]}
         self._run_dense(block, own)
         trained = self._trained(module, f"{self._name}.{block.index}.")
-        example = _Example(block, bare_copy(module), own, self._passes)
+        if trained:
+            self._fit(block, module, own, trained)
+        if block.index + 1 < len(self._blocks):
+            with distributed.failing_together():
+                block.run(advance=True)
+
+    def _fit(
+        self, block: OnloadedBlock, module: torch.nn.Module, own: Mapping[str, torch.Tensor], trained: Sequence[str]
+    ) -> None:
         result, fitted = fit_weights(
             block.index,
-            example,
-            {name: own[name].detach() for name in trained},
+            _Example(block, bare_copy(module), own, self._passes),
+            {name: own[name] for name in trained},
             frozenset(name for name in trained if own[name].dim() > 1),
             self._plan,
             self._pass_weights,
@@ -181,19 +196,16 @@ class _Recovery:
             owner, _, attribute = name.rpartition(".")
             distributed.replace_weight(module.get_submodule(owner), weight, 0, attribute)
         self.results.append(result)
-        if block.index + 1 < len(self._blocks):
-            with distributed.failing_together():
-                block.run(advance=True)
 
     def _run_dense(self, block: OnloadedBlock, own: Mapping[str, torch.Tensor]) -> None:
-        bare = self._dense_blocks[block.index]
-        with distributed.failing_together():
-            tensors = self._dense_tensors(bare, block.index, own)
-
-            def compute(call: BlockCall) -> Any:
-                return compute_with(bare, tensors, call.hidden, *call.args, **call.kwargs)
-
-            block.advance_dense(compute)
+        """Run the dense blocks up to the next one that is left, one at a time."""
+        first = 0 if block.index == 0 else self._origins[block.index]
+        last = block.index + 1 == len(self._blocks)
+        for index in range(first, len(self._dense_blocks) if last else self._origins[block.index + 1]):
+            bare = self._dense_blocks[index]
+            with distributed.failing_together():
+                tensors = self._dense_tensors(bare, index, own)
+                block.advance_dense(partial(_compute, bare, tensors))
 
     def _dense_tensors(
         self, bare: torch.nn.Module, index: int, own: Mapping[str, torch.Tensor]
@@ -220,13 +232,18 @@ class _Recovery:
         for name, child in module.named_modules():
             linear = isinstance(child, torch.nn.Linear)
             if (linear and prefix + name in self._linears) or (self._options.train_norms and _is_norm(child)):
-                names += [f"{name}.{parameter}" for parameter, _ in child.named_parameters(recurse=False)]
+                # Not the scales of a quantizer that follows in the recipe.
+                names += [f"{name}.{each}" for each in ("weight", "bias") if getattr(child, each, None) is not None]
         return names
 
 
 def _is_norm(module: torch.nn.Module) -> bool:
-    parameters = [each for each in module._parameters.values() if each is not None]
-    return bool(parameters) and all(each.dim() == 1 for each in parameters)
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 1
+
+
+def _compute(bare: torch.nn.Module, tensors: Mapping[str, torch.Tensor], call: BlockCall) -> Any:
+    return compute_with(bare, tensors, call.hidden, *call.args, **call.kwargs)
 
 
 class _Example:
@@ -244,7 +261,7 @@ class _Example:
 
     def predict(self, number: int, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         call = self._block.call(number)
-        output = compute_with(self._bare, {**self._own, **tensors}, call.hidden, *call.args, **call.kwargs)
+        output = _compute(self._bare, {**self._own, **tensors}, call)
         return output[0] if isinstance(output, tuple) else output
 
     def target(self, number: int) -> torch.Tensor:

@@ -2,13 +2,14 @@
 
 import math
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
 from compressed_tensors.offload import disable_onloading
-from llmcompressor.core import Event, State, active_session
+from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from loguru import logger
@@ -19,13 +20,15 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
 from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.bare_modules import bare_copy
+from sinkprune_plugin.modifiers.base import SinkAwareModifierBase
 from sinkprune_plugin.modifiers.block_fit import BlockFit, FitOptions, state_bytes
 from sinkprune_plugin.modifiers.block_recovery import fit_blocks
-from sinkprune_plugin.modifiers.calibration import collect_batches
+from sinkprune_plugin.modifiers.calibration import collect_batches, deal_out
 from sinkprune_plugin.modifiers.dense_weights import KeptWeights, open_dense_model
 from sinkprune_plugin.modifiers.hidden_states import check_room
 from sinkprune_plugin.modifiers.kept_zeros import KeptZeros
 from sinkprune_plugin.modifiers.passes import CalibrationPass
+from sinkprune_plugin.modifiers.recipe_order import earlier_modifiers, later_modifiers
 from sinkprune_plugin.modifiers.run_estimate import RunEstimate, SweepPlan, brought_in_bytes, hidden_state_bytes
 from sinkprune_plugin.modifiers.saving import choose_save_format
 from sinkprune_plugin.modifiers.targets import PruningTarget, resolve_targets
@@ -92,7 +95,7 @@ class BlockwiseRecoveryModifier(Modifier):
     ignore: list[str] = Field(default_factory=list)
     dense_model: str | None = None
     epochs: int = Field(default=5, ge=1)
-    learning_rate: float = Field(default=3e-4, gt=0.0, allow_inf_nan=False)
+    learning_rate: float = Field(default=1e-3, gt=0.0, allow_inf_nan=False)
     warmup: float = Field(default=0.05, ge=0.0, lt=1.0)
     step_windows: int = Field(default=8, ge=1)
     held_out: float = Field(default=0.125, ge=0.0, lt=1.0)
@@ -110,7 +113,10 @@ class BlockwiseRecoveryModifier(Modifier):
     _corruption: CorruptionSource | None = PrivateAttr(default=None)
     _dense: Mapping[str, torch.Tensor] | None = PrivateAttr(default=None)
     _dense_blocks: list[torch.nn.Module] = PrivateAttr(default_factory=list)
+    # The blocks before pruning, which may remove some.
+    _before: list[weakref.ref[torch.nn.Module]] = PrivateAttr(default_factory=list)
     _kept_zeros: KeptZeros | None = PrivateAttr(default=None)
+    _followed: bool = PrivateAttr(default=False)
     _done: bool = PrivateAttr(default=False)
 
     @field_validator("targets", mode="after")
@@ -134,9 +140,9 @@ class BlockwiseRecoveryModifier(Modifier):
         """
         model = state.model
         distributed.use_own_device()
-        earlier, later = self._neighbours()
-        self._check_earlier(earlier)
-        self._kept_zeros = KeptZeros(type(self).__name__, later)
+        later = later_modifiers(self)
+        self._check_earlier(earlier_modifiers(self))
+        self._kept_zeros, self._followed = KeptZeros(type(self).__name__, later), bool(later)
         if state.data.calib is None:
             collect_batches(None)
         if self._corruption is None:
@@ -150,6 +156,7 @@ class BlockwiseRecoveryModifier(Modifier):
         if self.dense_model is None:
             name, blocks = find_decoder_blocks(model)
             self._dense_blocks = [bare_copy(block) for block in blocks]
+            self._before = [weakref.ref(block) for block in blocks]
             self._dense = KeptWeights(name, blocks)
         else:
             self._dense, self._dense_blocks = open_dense_model(self.dense_model, model)
@@ -180,6 +187,7 @@ class BlockwiseRecoveryModifier(Modifier):
             len(self._grid),
             self._options(),
             dense_blocks=self._dense_blocks,
+            origins=self._origins(model),
             linears=[target.name for target in targets],
             hidden_states=self.hidden_states,
             title=f"{type(self).__name__}: recovering blocks",
@@ -187,7 +195,8 @@ class BlockwiseRecoveryModifier(Modifier):
         )
         self._forget_dense()
         assert self._kept_zeros is not None  # set in on_initialize
-        for target in targets:
+        # They are onloaded for it, so not without need.
+        for target in targets if self._followed else ():
             self._kept_zeros.remember(target.name, target.module, target.module.weight.detach())
         self._done = True
         self._log_summary(results, time.monotonic() - started)
@@ -234,7 +243,8 @@ class BlockwiseRecoveryModifier(Modifier):
         # Only the sizes of weights are read, which must not onload them.
         with disable_onloading():
             for target in targets:
-                numels = [each.numel() for each in target.module.parameters()]
+                trained = (target.module.weight, target.module.bias)
+                numels = [each.numel() for each in trained if each is not None]
                 sizes.setdefault(target.block or 0, []).extend(numels)
             dtype = targets[0].module.weight.dtype
             return RunEstimate(
@@ -259,6 +269,14 @@ class BlockwiseRecoveryModifier(Modifier):
             seed=self.seed,
         )
 
+    def _origins(self, model: torch.nn.Module) -> list[int] | None:
+        """Number that each block had before pruning; None where all are there, or their weights are a checkpoint's."""
+        _, blocks = find_decoder_blocks(model)
+        if len(blocks) == len(self._before) or not self._before:
+            return None
+        numbers = {id(reference()): number for number, reference in enumerate(self._before)}
+        return [numbers.get(id(block), len(self._before)) for block in blocks]
+
     def _resolve(self, model: torch.nn.Module) -> list[PruningTarget]:
         targets, _ = resolve_targets(model, list(self.targets), self.ignore)
         within = [target for target in targets if target.block is not None]
@@ -268,16 +286,10 @@ class BlockwiseRecoveryModifier(Modifier):
 
     def _passes(self, state: State) -> list[CalibrationPass]:
         assert self._corruption is not None  # set in on_initialize
-        batches = collect_batches(state.data.calib, self.seed)
+        batches = deal_out(collect_batches(state.data.calib, self.seed))
         passes = corrupted_passes(batches, self._grid, self._corruption)
         scales = [timestep_weight(timestep, self.timestep_weighting) for timestep in self._grid]
         return [replace(each, square_scale=scales[number % len(scales)]) for number, each in enumerate(passes)]
-
-    def _neighbours(self) -> tuple[list[Modifier], list[Modifier]]:
-        modifiers = active_session().lifecycle.recipe.modifiers
-        positions = [index for index, modifier in enumerate(modifiers) if modifier is self]
-        position = positions[0] if positions else 0
-        return modifiers[:position], modifiers[position + 1 :]
 
     def _check_earlier(self, earlier: Sequence[Modifier]) -> None:
         name = type(self).__name__
@@ -328,9 +340,9 @@ class BlockwiseRecoveryModifier(Modifier):
 
 
 def _prunes(modifier: Modifier) -> bool:
-    # Also modifiers of others: llm-compressor's have no common base.
-    fields = type(modifier).model_fields
-    return any("sparsity" in field for field in fields) or "Prun" in type(modifier).__name__
+    # Those of others have no common base.
+    named = any("sparsity" in field for field in type(modifier).model_fields) or "Prun" in type(modifier).__name__
+    return isinstance(modifier, SinkAwareModifierBase) or named
 
 
 def _is_quantized(module: torch.nn.Module) -> bool:

@@ -13,7 +13,7 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.sample_choice import SampleChoice
 
-__all__ = ["CalibrationBatch", "calibration_context", "collect_batches"]
+__all__ = ["CalibrationBatch", "calibration_context", "collect_batches", "deal_out"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,20 @@ def collect_batches(dataloader: Iterable[Any] | None, seed: int = 0) -> list[Cal
             "pass at least one sample for each process"
         )
     return batches
+
+
+def deal_out(batches: list[CalibrationBatch]) -> list[CalibrationBatch]:
+    """Order the batches of all processes by their content alone, and deal them out in turn.
+
+    llm-compressor gives each process a part of the samples in one piece. Where the order of samples matters, the result
+    would then depend on the number of processes.
+
+    :param batches: this process's batches
+    :return: the batches that are this process's now
+    """
+    everywhere = [batch for theirs in distributed.gather_objects(batches) for batch in theirs]
+    everywhere.sort(key=lambda batch: batch.digest())
+    return everywhere[distributed.rank() :: distributed.world_size()]
 
 
 def _read_batch(index: int, batch: Any, choice: SampleChoice) -> CalibrationBatch:

@@ -1,0 +1,465 @@
+"""BlockwiseRecoveryModifier in plain oneshot() runs behind pruning modifiers, and fit_blocks() on its own."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import namedtuple
+
+import pytest
+import torch
+from compressed_tensors.offload.cache import CPUCache
+from llmcompressor.core import reset_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from loguru import logger
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sinkprune_plugin.diffusion import resolve_diffusion
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.formats import load_sparse_checkpoint
+from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
+from sinkprune_plugin.models.block_sizes import keep_units, remove_blocks, settle_config
+from sinkprune_plugin.models.decoder_blocks import block_linears, find_decoder_blocks
+from sinkprune_plugin.modifiers import blockwise_recovery, dense_weights
+from sinkprune_plugin.modifiers.bare_modules import bare_copy, compute_with
+from sinkprune_plugin.modifiers.block_fit import FitOptions
+from sinkprune_plugin.modifiers.block_recovery import fit_blocks
+from sinkprune_plugin.modifiers.blockwise_recovery import BlockwiseRecoveryModifier
+from sinkprune_plugin.modifiers.calibration import CalibrationBatch
+from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot, stock_modifier
+from sinkprune_plugin.modifiers.structured import SinkAwareStructuredModifier
+from sinkprune_plugin.modifiers.trajectory import TrajectoryCorruption, corrupted_passes
+from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
+
+GRID = {"diffusion_steps": 4, "sample_interval": 2}
+# Without held-out samples, so that every block changes however few there are.
+QUICK = {**GRID, "epochs": 2, "learning_rate": 1e-3, "held_out": 0.0, "step_windows": 2}
+
+
+def wanda(**fields):
+    return SinkAwareWandaModifier(mask_structure="2:4", **GRID, **fields)
+
+
+def recovery(**fields):
+    return BlockwiseRecoveryModifier(**{**QUICK, **fields})
+
+
+@pytest.fixture
+def windows(golden_windows):
+    return golden_windows[:2, :48]
+
+
+@pytest.fixture(scope="module")
+def pruned_model(tokenizer, golden_windows):
+    """tiny-llada pruned to 2:4, and its weights."""
+    model = load_model(EMBEDDED_MODEL, torch.float32)
+    reset_session()
+    run_oneshot(model, tokenizer, wanda(), golden_windows[:2, :48])
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+@pytest.fixture
+def lines():
+    """What is logged, with its level."""
+    found = []
+    handle = logger.add(lambda message: found.append((message.record["level"].name, message.record["message"])))
+    yield found
+    logger.remove(handle)
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch):
+    """The directory for temporary files, which has to be empty at the end."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    yield tmp_path
+    assert not list(tmp_path.iterdir())
+
+
+def zeros_stay(before, model):
+    after = model.state_dict()
+    names = [f"{name}.weight" for name in block_linears(model)]
+    assert all(bool((after[name][before[name] == 0] == 0).all()) for name in names)
+    return all(not torch.equal(after[name], before[name]) for name in names)
+
+
+def distance(model, windows):
+    """Mean square distance of the logits to the dense model's."""
+    dense = load_model(EMBEDDED_MODEL, torch.float32)
+    with torch.no_grad():
+        return float((model(windows).logits - dense(windows).logits).square().mean())
+
+
+def test_it_brings_the_outputs_closer_and_keeps_the_zeros(
+    model, tokenizer, windows, pruned_model, scratch, lines, monkeypatch
+):
+    pruned = load_model(EMBEDDED_MODEL, torch.float32)
+    pruned.load_state_dict(pruned_model)
+    present = []
+    keep = dense_weights.safe_open
+    monkeypatch.setattr(
+        dense_weights, "safe_open", lambda *args, **options: (present.append(1), keep(*args, **options))[1]
+    )
+    # Disk and memory, and the learned windows again: what is in no file any more can still be read.
+    run_oneshot(model, tokenizer, [wanda(), recovery(hidden_states="disk", epochs=10)], windows)
+    assert zeros_stay(pruned_model, model)
+    assert len(present) == 6
+    assert distance(model, windows) < 0.9 * distance(pruned, windows)
+    # Norms, embedding and the vocabulary projection stay.
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, pruned_model[name])}
+    assert changed == {f"{name}.weight" for name in block_linears(model)}
+    (estimate,) = [text for _, text in lines if text.startswith("BlockwiseRecoveryModifier: 4 passes")]
+    # 2 samples × 2 timesteps: 2 + 10 runs in training and 2 for the error, in 6 blocks; two streams of
+    # 2 × 2 × 48 × 192 floats; a block has 4 × 192² + 3 × 192 × 512 weights of 24 bytes.
+    assert "through 6 blocks, 336 runs of a block; hidden states 0.3 MB, weights and optimizer states of a block" in (
+        estimate
+    )
+    assert estimate.endswith("at most 10.6 MB")
+    assert any(text.startswith("BlockwiseRecoveryModifier: 6 blocks, error of the last one") for _, text in lines)
+
+
+@pytest.mark.parametrize("name", ["WandaPruningModifier", "SparseGPTModifier"])
+def test_behind_llm_compressors_own_modifiers(name, model, tokenizer, windows, scratch):
+    run_oneshot(model, tokenizer, stock_modifier(name, 0.5, "2:4"), windows)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    reset_session()
+    model = load_model(EMBEDDED_MODEL, torch.float32)
+    run_oneshot(model, tokenizer, [stock_modifier(name, 0.5, "2:4"), recovery(save_format="auto")], windows)
+    assert zeros_stay(before, model)
+    assert model.save_pretrained.save_format == "auto"
+
+
+def test_gptq_after_it_keeps_the_zeros(model, tokenizer, windows, pruned_model):
+    scheme = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    gptq = GPTQModifier(config_groups={"all": {"targets": [r"re:.*\.blocks\..*"], "weights": scheme}})
+    run_oneshot(model, tokenizer, [wanda(), recovery(), gptq], windows)
+    assert zeros_stay(pruned_model, model)
+
+
+def test_a_checkpoint_gives_the_dense_weights_as_well(tokenizer, windows, pruned_model, scratch):
+    """Behind a pruning modifier, and for a model that is pruned already: the same weights, bit for bit."""
+    recovered = []
+    for modifiers, weights in (
+        ([wanda(), recovery()], None),
+        ([wanda(), recovery(dense_model=str(EMBEDDED_MODEL))], None),
+        ([recovery(dense_model=str(EMBEDDED_MODEL))], pruned_model),
+    ):
+        reset_session()
+        model = load_model(EMBEDDED_MODEL, torch.float32)
+        if weights is not None:
+            model.load_state_dict(weights)
+        run_oneshot(model, tokenizer, modifiers, windows)
+        recovered.append(model.state_dict())
+    for other in recovered[1:]:
+        assert all(torch.equal(recovered[0][name], other[name]) for name in recovered[0])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (lambda: [recovery()], "needs a pruning modifier before it"),
+        (lambda: [recovery(), wanda()], "needs a pruning modifier before it"),
+        (
+            lambda: [wanda(), QuantizationModifier(targets=["Linear"], scheme="FP8_DYNAMIC"), recovery()],
+            "QuantizationModifier comes before BlockwiseRecoveryModifier",
+        ),
+        (lambda: [wanda(), recovery(dense_model="/nowhere/at/all")], "/nowhere/at/all doesn't exist"),
+        (lambda: [wanda(), recovery(targets=["re:.*transformer.ff_out$"])], "select no Linear in the decoder blocks"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_pruned(recipe, message, model, tokenizer, windows, scratch):
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(UsageError, match=message) as caught:
+        run_oneshot(model, tokenizer, recipe(), windows)
+    assert "\n" not in str(caught.value)
+    after = model.state_dict()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+
+def test_another_dense_model_is_refused(model, tokenizer, windows, scratch):
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3, 5] += 1.0
+    with pytest.raises(UsageError, match=r"wte.weight of dense_model .* differs"):
+        run_oneshot(model, tokenizer, [wanda(), recovery(dense_model=str(EMBEDDED_MODEL))], windows)
+
+
+def test_nothing_pruned_is_reported(model, tokenizer, windows, lines):
+    run_oneshot(model, tokenizer, recovery(dense_model=str(EMBEDDED_MODEL)), windows)
+    assert any(level == "WARNING" and "have no zeros" in text for level, text in lines)
+
+
+def test_a_disk_that_is_too_small_for_the_dense_weights_is_refused(model, tokenizer, windows, scratch, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(dense_weights.shutil, "disk_usage", lambda _: usage(10**7, 0, 10**7))
+    with pytest.raises(UsageError, match=r"the dense weights take 0.0 GB .* set TMPDIR .* or name .* `dense_model`"):
+        run_oneshot(model, tokenizer, [wanda(), recovery()], windows)
+
+
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing(model, tokenizer, windows, scratch, monkeypatch):
+    written = []
+    save = dense_weights.save_file
+
+    def full(tensors, path):
+        if len(written) == 3:
+            raise OSError(28, os.strerror(28))
+        written.append(save(tensors, path))
+
+    monkeypatch.setattr(dense_weights, "save_file", full)
+    with pytest.raises(UsageError, match=r"can't be written to .* No space left on device"):
+        run_oneshot(model, tokenizer, [wanda(), recovery()], windows)
+
+
+def test_an_error_while_pruning_leaves_nothing(model, tokenizer, windows, scratch):
+    class Failing(SinkAwareWandaModifier):
+        def _observe(self, *_args):
+            assert not list(scratch.iterdir())
+            raise UsageError("nothing works here")
+
+    modifier = recovery()
+    with pytest.raises(UsageError, match="nothing works here"):
+        run_oneshot(model, tokenizer, [Failing(sparsity=0.5, **GRID), modifier], windows)
+    assert modifier._dense is not None
+    reset_session()
+    # Which finalizes the modifiers, and with the mapping goes the disk space.
+    assert modifier._dense is None
+
+
+def test_offloaded_weights_come_in_once_and_get_the_same_values(tokenizer, windows, pruned_model, monkeypatch):
+    recovered, brought_in = [], []
+    original = CPUCache.onload
+
+    def onload(self, offloaded):
+        onloaded = original(self, offloaded)
+        if onloaded is None:
+            return None
+        brought_in.append(onloaded.numel() * onloaded.element_size())
+        copy = onloaded.detach().clone()
+        return torch.nn.Parameter(copy, requires_grad=False) if isinstance(onloaded, torch.nn.Parameter) else copy
+
+    traffic = []
+
+    def fit(*args, **options):
+        brought_in.clear()
+        results = fit_blocks(*args, **options)
+        traffic.append(sum(brought_in))
+        return results
+
+    monkeypatch.setattr(blockwise_recovery, "fit_blocks", fit)
+    for offloaded in (False, True):
+        reset_session()
+        model = load_model(EMBEDDED_MODEL, torch.float32)
+        model.load_state_dict(pruned_model)
+        if offloaded:
+            # What is onloaded is a copy, as from another device.
+            monkeypatch.setattr(CPUCache, "onload", onload)
+        run_oneshot(model, tokenizer, recovery(dense_model=str(EMBEDDED_MODEL)), windows)
+        recovered.append(model.state_dict())
+    assert all(torch.equal(recovered[0][name], recovered[1][name]) for name in recovered[0])
+    # Embedding and blocks once, whatever the number of steps. The vocabulary projection isn't needed.
+    needed = sum(weight.nbytes for name, weight in pruned_model.items() if ".blocks." in name or ".wte." in name)
+    assert needed <= traffic[1] <= 1.1 * needed
+
+
+def test_a_block_of_an_8b_model_is_trained_on_one_24_gb_gpu():
+    """LLaDA-8B on the meta device, in bfloat16, with passes of 4096 tokens."""
+    with torch.device("meta"):
+        config = AutoConfig.for_model("llada", d_model=4096, n_layers=32, n_heads=32, mlp_hidden_size=12288)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        hidden = torch.empty(1, 4096, 4096, dtype=torch.bfloat16)
+        tables = (torch.empty(4096, 128), torch.empty(4096, 128))
+    estimate = BlockwiseRecoveryModifier().estimate(model, 128, 128 * 4096)
+    # A weight takes 22 bytes (tests/modifiers/test_block_fit.py counts them), and a block has 218 million.
+    assert estimate.training_bytes == 22 * (4 * 4096**2 + 3 * 4096 * 12288) == 4_798_283_776
+    # Both models' hidden states at ten timesteps, in main memory or on disk.
+    assert estimate.hidden_bytes == 2 * 10 * 128 * 4096 * 4096 * 2
+    bare = bare_copy(find_decoder_blocks(model)[1][0])
+    weights = {name: torch.empty_like(each, requires_grad=each.dim() == 2) for name, each in bare.named_parameters()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        compute_with(bare, weights, hidden, None, tables)
+    storages = {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in saved}
+    activations = sum(storages.values())
+    # The attention matrix of 32 × 4096² float32 among them, which the meta device keeps and a GPU's kernels don't. Were
+    # they to, the backward pass would have two more of them.
+    matrix = 32 * 4096**2 * 4
+    assert activations < 3.3e9
+    assert estimate.training_bytes + activations + 2 * matrix < 24e9
+
+
+@pytest.fixture
+def passes(golden_windows):
+    model = load_model(EMBEDDED_MODEL, torch.float32)
+    corruption = TrajectoryCorruption(resolve_diffusion(model.config), 0, 1e-3)
+    batches = [CalibrationBatch(index, row[None, :48], None) for index, row in enumerate(golden_windows[:2])]
+    return corrupted_passes(batches, (0.5, 1.0), corruption)
+
+
+def test_smaller_blocks_are_fitted_to_the_dense_ones(model, passes, windows):
+    """Half of the channels and two of six heads removed, other ones in each block; no weight is zero."""
+    dense_blocks = list(find_decoder_blocks(load_model(EMBEDDED_MODEL, torch.float32))[1])
+    for index in range(6):
+        keep_units(model, index, channels=torch.arange(index, 512, 2), heads=torch.tensor([0, 1, 2, 5]))
+    settle_config(model)
+    before = distance(model, windows)
+    results = fit_blocks(
+        model,
+        load_sparse_checkpoint(EMBEDDED_MODEL),
+        passes,
+        2,
+        FitOptions(epochs=15, learning_rate=1e-3, held_out=0.0, step_windows=2),
+        dense_blocks=dense_blocks,
+        progress=False,
+    )
+    assert all(result.after < 0.9 * result.before for result in results)
+    assert distance(model, windows) < 0.9 * before
+    assert model.model.transformer.blocks[0].ff_out.weight.shape == (192, 256)
+
+
+def test_behind_the_modifier_that_removes_units(tokenizer, windows, scratch):
+    """Half of the channels, a head and a block less: the dense blocks have other shapes, and there is one more."""
+    distances = []
+    for behind in ([], [recovery(epochs=10)]):
+        reset_session()
+        model = load_model(EMBEDDED_MODEL, torch.float32)
+        pruner = SinkAwareStructuredModifier(mlp_channels=0.5, attention_heads=1, blocks=1, **GRID)
+        run_oneshot(model, tokenizer, [pruner, *behind], windows)
+        assert [block.ff_out.in_features for block in find_decoder_blocks(model)[1]] == [256] * 5
+        distances.append(distance(model, windows))
+    assert distances[1] < 0.9 * distances[0]
+
+
+class RemovingPruner(Modifier):
+    """Takes out the first and the fourth block, as a structured pruner would."""
+
+    def on_initialize(self, state, **kwargs):
+        return True
+
+    def on_calibration_start(self, state, event, **kwargs):
+        remove_blocks(state.model, [0, 3])
+
+
+def test_a_block_before_a_gap_is_fitted_to_what_comes_out_of_it(model, tokenizer, windows, lines, scratch):
+    """Two blocks that add nothing: without them the error is exactly zero, but only at the right places."""
+    blocks = find_decoder_blocks(model)[1]
+    with torch.no_grad():
+        for index in (0, 3):
+            blocks[index].attn_out.weight.zero_()
+            blocks[index].ff_out.weight.zero_()
+        expected = model(windows).logits
+    run_oneshot(model, tokenizer, [RemovingPruner(), recovery()], windows)
+    assert len(blocks) == 4
+    with torch.no_grad():
+        torch.testing.assert_close(model(windows).logits, expected, rtol=0, atol=0)
+    assert any("4 blocks, error of the last one 0.00 % of the dense output before its fit" in text for _, text in lines)
+
+
+def test_a_dense_model_with_other_blocks_is_refused(model, passes):
+    dense_blocks = list(find_decoder_blocks(load_model(EMBEDDED_MODEL))[1])
+    remove_blocks(model, [0, 3])
+    with pytest.raises(UsageError, match="the dense model has 6 decoder blocks and the pruned one 4"):
+        fit_blocks(model, load_sparse_checkpoint(EMBEDDED_MODEL), passes, 2, dense_blocks=dense_blocks, progress=False)
+
+
+def test_weights_of_other_shapes_are_refused(model, passes):
+    keep_units(model, 1, channels=torch.arange(256))
+    with pytest.raises(UsageError, match=r"blocks.1.ff_proj.weight is \[512, 192\] in the dense weights, where \[256"):
+        fit_blocks(model, load_sparse_checkpoint(EMBEDDED_MODEL), passes, 2, FitOptions(epochs=1), progress=False)
+
+
+def test_a_mapping_that_lacks_a_weight_is_refused_at_once(model, passes):
+    weights = dict(model.state_dict())
+    del weights["model.transformer.blocks.5.up_proj.weight"]
+    with pytest.raises(UsageError, match=r"the dense model has no model.transformer.blocks.5.up_proj.weight"):
+        fit_blocks(model, weights, passes, 2, progress=False)
+
+
+@pytest.mark.parametrize("train_norms", [False, True])
+def test_norms_are_trained_where_asked(train_norms, model, passes, pruned_model):
+    model.load_state_dict(pruned_model)
+    options = FitOptions(epochs=1, learning_rate=1e-3, held_out=0.0, step_windows=2, train_norms=train_norms)
+    chosen = "model.transformer.blocks.0.q_proj"
+    fit_blocks(model, load_sparse_checkpoint(EMBEDDED_MODEL), passes, 2, options, linears=[chosen], progress=False)
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, pruned_model[name])}
+    norms = {
+        f"model.transformer.blocks.{index}.{norm}.weight" for index in range(6) for norm in ("attn_norm", "ff_norm")
+    }
+    assert changed == {f"{chosen}.weight"} | (norms if train_norms else set())
+
+
+SCRIPT = """
+import json, sys
+import torch, torch.distributed as dist
+from datasets import Dataset
+from llmcompressor import oneshot
+from safetensors.torch import load_file, save_file
+from sinkprune_plugin.loading import load_model, load_tokenizer
+from sinkprune_plugin.modifiers.blockwise_recovery import BlockwiseRecoveryModifier
+from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
+from sinkprune_plugin.modifiers import blockwise_recovery, dense_weights
+
+if len(sys.argv) > 2:
+    dist.init_process_group("gloo")
+rank = dist.get_rank() if dist.is_initialized() else 0
+rows = {rows}
+data = Dataset.from_dict({{"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}})
+written, kept_steps = [], []
+fit_blocks = blockwise_recovery.fit_blocks
+
+
+def fit(*args, **options):
+    results = fit_blocks(*args, **options)
+    kept_steps.extend(result.kept_step for result in results)
+    return results
+
+
+blockwise_recovery.fit_blocks = fit
+save = dense_weights.save_file
+dense_weights.save_file = lambda *args: (written.append(1), save(*args))[1]
+grid = {{"diffusion_steps": 4, "sample_interval": 2}}
+model = load_model(r"{model}", torch.float32)
+modifiers = [
+    SinkAwareWandaModifier(mask_structure="2:4", **grid),
+    BlockwiseRecoveryModifier(epochs=4, learning_rate=1e-3, step_windows=3, held_out=0.2, **grid),
+]
+oneshot(model=model, tokenizer=load_tokenizer(r"{model}"), dataset=data, recipe=modifiers,
+        num_calibration_samples=5, max_seq_length=48, shuffle_calibration_samples=False)
+save_file({{k: v.contiguous() for k, v in model.state_dict().items()}}, sys.argv[1] + f"/{{rank}}.safetensors")
+json.dump([len(written), kept_steps], open(sys.argv[1] + f"/{{rank}}.json", "w"))
+"""
+
+
+def test_two_processes_equal_one(tmp_path, golden_windows):
+    """Five samples: three and two of them, one of which is held out."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(model=EMBEDDED_MODEL, rows=golden_windows[:5, :48].tolist()))
+    launch = {
+        "one": [sys.executable, str(script), str(tmp_path / "one")],
+        "two": [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *(str(script), str(tmp_path / "two"), "distributed"),
+        ],
+    }
+    (tmp_path / "scratch").mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "scratch")}
+    for name, command in launch.items():
+        (tmp_path / name).mkdir()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert not [each for each in (tmp_path / "scratch").iterdir() if "dense-weights" in each.name]
+    one = load_file(tmp_path / "one" / "0.safetensors")
+    first, second = (load_file(tmp_path / "two" / f"{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(first[key], second[key]) for key in first), "the ranks disagree"
+    for key, weight in one.items():
+        assert torch.equal(weight == 0, first[key] == 0), key
+        # Gradients are summed in another order, and a step of Adam, at most 1e-3, divides by their size: where one is
+        # nearly nothing its sign may differ. Seen were differences up to 1.5e-8.
+        assert float((first[key] - weight).abs().mean()) < 1e-6, key
+    alone, *both = (json.loads((tmp_path / path).read_text()) for path in ("one/0.json", "two/0.json", "two/1.json"))
+    # Processes of one machine share the files.
+    assert [alone[0], both[0][0], both[1][0]] == [6, 6, 0]
+    assert alone[1] == both[0][1] == both[1][1]
+    # Most blocks were trained.
+    assert sum(step > 0 for step in alone[1]) >= 3
