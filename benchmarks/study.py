@@ -4,7 +4,8 @@ Each finished cell is one JSON line; a run that is started again skips finished 
 docs/study-results.json, the figure and the tables in docs/study.md; without `--results` it takes the numbers from the
 committed docs/study-results.json, so that the page can be regenerated without a run.
 
-    python benchmarks/study.py --results study.jsonl            # an hour and a half on one core
+    python benchmarks/study.py --results study.jsonl
+    python benchmarks/study.py --results study.jsonl --model tiny-gqa     # the second model, see docs/study.md
     python benchmarks/study.py --results study.jsonl --report
     python benchmarks/study.py --report
 """
@@ -19,7 +20,9 @@ from typing import Any
 
 import torch
 from loguru import logger
-from study_cells import PATTERNS, SWEEPS, SWEPT, Cell, cells, controls, methods
+from study_cache import dense_runs
+from study_cells import EMBEDDED, PATTERNS, SECOND, SWEEPS, SWEPT, Cell, cells, makers
+from study_sinks import share_meters
 from tqdm import tqdm
 
 from sinkprune_plugin.diffusion import RowScores, resolve_diffusion, score_windows
@@ -35,10 +38,14 @@ TEST_WINDOWS, CORRUPTIONS = 24, 8
 
 
 class Bench:
-    """Text, tokenizer and evaluation, made once."""
+    """Text, tokenizer and evaluation, made once.
 
-    def __init__(self) -> None:
-        self.tokenizer = load_tokenizer(EMBEDDED_MODEL)
+    :param directory: the model
+    """
+
+    def __init__(self, directory: Path = EMBEDDED_MODEL) -> None:
+        self.directory = directory
+        self.tokenizer = load_tokenizer(directory)
         self.calibration_text = read_documents(embedded_text("calibration"))
         test = read_documents(embedded_text("test"))
         self.test = token_windows(test, self.tokenizer, SEQ_LEN, TEST_WINDOWS, seed=0)
@@ -49,7 +56,7 @@ class Bench:
         :param cell: what to do
         :return: the model, and seconds taken
         """
-        model = load_model(EMBEDDED_MODEL, torch.float32)
+        model = load_model(self.directory, torch.float32)
         started = time.monotonic()
         if cell.method == "dense":
             return model, 0.0
@@ -58,16 +65,32 @@ class Bench:
             prune_by_magnitude(model, sparsity, structure)
             return model, time.monotonic() - started
         windows = WINDOWS
-        maker = (methods() | controls())[cell.method]
+        maker = makers()[cell.method]
         if cell.group == "windows":
             windows = int(cell.value)
         elif cell.group in SWEEPS:
             number = SWEEPS[cell.group][0].__class__(float(cell.value))
             maker = SWEPT[cell.method](**{cell.group: number})
         assert maker is not None  # magnitude, the one method without, is done above
+        # Cells with the same data share one run of the dense model.
+        dense_runs.data = (cell.seed, windows)
         data = token_windows(self.calibration_text, self.tokenizer, SEQ_LEN, windows, seed=cell.seed)
         run_oneshot(model, self.tokenizer, maker(sparsity, structure, cell.seed), data)
         return model, time.monotonic() - started
+
+    def sink_shares(self) -> dict[str, dict[str, float]]:
+        """Share of positions, and of each kind of input's Σ x², that each mask takes out; first seed.
+
+        :return: mask → ``positions`` or name of the Linear → share
+        """
+        dense_runs.data = (0, WINDOWS)
+        data = token_windows(self.calibration_text, self.tokenizer, SEQ_LEN, WINDOWS, seed=0)
+        found = {}
+        for label, meter in share_meters().items():
+            modifier = meter()
+            run_oneshot(load_model(self.directory, torch.float32), self.tokenizer, modifier, data)
+            found[label] = {name: round(share, 5) for name, share in modifier._shares.items()}
+        return found
 
     def evaluate(self, model: Any) -> dict[str, Any]:
         """Losses of each test window, on noise that is the same for all models.
@@ -120,34 +143,46 @@ def finished(results: Path) -> Iterator[dict[str, Any]]:
                 continue
 
 
-def run(results: Path, limit: int | None = None) -> None:
-    """Run the cells that aren't done yet.
+def run(results: Path, limit: int | None = None, *, model: Path | None = None, shard: str = "0/1") -> None:
+    """Run the cells of one model that aren't done yet.
 
     :param results: JSON lines, appended to
     :param limit: number of cells at most
+    :param model: directory of the second model; None for the embedded one
+    :param shard: ``i/n``: every n-th cell, beginning with the i-th
     """
     logger.remove()
     done = {record["key"] for record in finished(results)}
-    todo = [cell for cell in cells() if cell.key not in done][:limit]
+    first, step = (int(part) for part in shard.split("/"))
+    name = EMBEDDED if model is None else SECOND
+    todo = [cell for cell in cells() if cell.model == name and cell.key not in done][first::step][:limit]
     results.parent.mkdir(parents=True, exist_ok=True)
     if results.is_file() and not results.read_text(encoding="utf-8").endswith("\n"):
         # A run was killed in the middle of a line.
         with results.open("a", encoding="utf-8") as stream:
             stream.write("\n")
-    bench = Bench()
+    bench = Bench() if model is None else Bench(model)
+    shares = f"{name}/sink shares"
+    if shares not in done and limit is None:
+        _append(results, {"key": shares, "shares": bench.sink_shares()})
     for cell in tqdm(todo, desc="study", unit="cell", disable=None):
-        model, seconds = bench.prune(cell)
-        record = {"key": cell.key, "seconds": round(seconds, 2), **bench.evaluate(model)}
-        with results.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        pruned, seconds = bench.prune(cell)
+        _append(results, {"key": cell.key, "seconds": round(seconds, 2), **bench.evaluate(pruned)})
+
+
+def _append(results: Path, record: dict[str, Any]) -> None:
+    with results.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def main() -> None:
     """Run, or make the report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, help="JSON lines (default: study.jsonl; with --report the page's own)")
+    parser.add_argument("--model", type=Path, help="directory of the second model; without it the embedded one")
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th of the open cells, beginning with the i-th")
     parser.add_argument("--limit", type=int, help="cells at most")
     parser.add_argument("--report", action="store_true", help="make tables, figure and docs/study-results.json")
     arguments = parser.parse_args()
@@ -160,7 +195,7 @@ def main() -> None:
         except UsageError as error:
             parser.exit(2, f"{error}\n")
     else:
-        run(arguments.results or Path("study.jsonl"), arguments.limit)
+        run(arguments.results or Path("study.jsonl"), arguments.limit, model=arguments.model, shard=arguments.shard)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ NOT_RUN = {
     "git clone": "needs a network",
     "pip install 'sinkprune-plugin[vllm]'": "gigabytes; test_requirements.py lets pip resolve both (make test-install)",
     "pip install 'sinkprune-plugin[prune]'": "the same",
+    "python tools/train_tiny_llada.py train.jsonl": "takes half an hour; test_train_tiny_llada.py trains such a model",
+    "python benchmarks/study.py --results": "takes hours; test_study.py runs a cell of it",
     ".venv/bin/pre-commit install": "writes into the repository",
     'from llmcompressor import oneshot\n\noneshot(\n    model="GSAI-ML': "test_oneshot_data.py runs it as printed",
     "sinkprune serve demo-output": "test_vllm_server.py runs it as printed",

@@ -64,8 +64,8 @@ def test_prune_says_one_line_for_each_stage(tmp_path):
 def test_the_demo_says_one_line_for_each_method(tmp_path):
     command = [sys.executable, "-c", SMALL_DEMO, "out"]
     stdout, stderr = lines_of(subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path))
-    methods = ["dense", "wanda", "sparsegpt", "sink-aware-wanda", "sink-aware-sparsegpt", "structured"]
-    assert [line.split(":")[0] for line in stderr] == [*methods, "structured", "sink-aware-sparsegpt"]
+    methods = ["dense", "wanda", "sparsegpt", "sink-aware-sparsegpt", "sink-aware-admm", "structured"]
+    assert [line.split(":")[0] for line in stderr] == [*methods, "structured", "sink-aware-admm"]
     assert [line.split()[0].rstrip(",") for line in stdout[3:9]] == methods
     assert stdout[9].startswith("speed of structured: ")
     assert len(stdout) < 32, stdout

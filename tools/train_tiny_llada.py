@@ -60,6 +60,7 @@ class Settings:
     warmup: int = 100
     weight_decay: float = 0.1
     precision: str = "float32"
+    first_ceiling: float = 0.5
     seed: int = 0
 
 
@@ -78,6 +79,7 @@ HELP = {
     "weight_decay": "weight decay of AdamW, on matrices only",
     "precision": "float32, or bfloat16 for autocast, which took two thirds of the time on a CPU with AVX512-BF16; "
     "weights stay float32 while training",
+    "first_ceiling": "largest t at the start, in (0, 1]; it rises to 1 over the first half",
     "seed": "of the weights, the batches and the noise",
 }
 
@@ -161,7 +163,7 @@ def batch_loss(
     generator = sample_generator(settings.seed, step, torch.empty(0, dtype=torch.int64))
     starts = torch.randint(len(stream) - settings.seq_len, (settings.batch_size,), generator=generator)
     clean = torch.stack([stream[start : start + settings.seq_len] for start in starts.tolist()])
-    ceiling = min(1.0, 0.5 + step / settings.steps)
+    ceiling = min(1.0, settings.first_ceiling + 2 * (1 - settings.first_ceiling) * step / settings.steps)
     # One t in each of B equal strata of (0, ceiling]: uniform as a whole, and every batch has all noise levels.
     draws = torch.rand(settings.batch_size, generator=generator, dtype=torch.float64)
     timesteps = ceiling * (1 - (torch.arange(settings.batch_size) + draws) / settings.batch_size)
@@ -332,6 +334,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Settings
     for name in ("steps", "batch_size", "seq_len", "layers", "heads", "checkpoint_every", "validation_windows"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    if not 0 < args.first_ceiling <= 1:
+        parser.error(f"--first-ceiling is {args.first_ceiling:g}; it must be above 0 and at most 1")
     if args.precision not in PRECISIONS:
         parser.error(f"--precision is {args.precision}; it must be one of {', '.join(PRECISIONS)}")
     return args, Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
