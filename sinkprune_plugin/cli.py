@@ -247,7 +247,7 @@ def recover(
     micro_batch_size: Annotated[
         int | None, typer.Option(min=1, help="Windows in a forward pass; default: all.")
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="Peak; warms up over a tenth, then falls linearly.")] = 3e-4,
+    learning_rate: Annotated[float, typer.Option(help="Peak; warms up over a tenth, then falls linearly.")] = 6e-4,
     temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 1.0,
     elbo_share: Annotated[float, typer.Option(help="Share of the text's own loss, 0 to 1.")] = 0.0,
     train: Annotated[str, typer.Option(help="weights, weights-and-norms or lora.")] = "weights",
