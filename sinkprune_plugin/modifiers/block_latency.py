@@ -4,7 +4,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,15 @@ from sinkprune_plugin.modifiers.replaced_forward import forward_replaced
 
 __all__ = ["LatencyTable", "time_blocks"]
 
-# A shape is timed this often at least and at most, and until its calls have taken so many seconds together: on a CPU
-# that others use too the median of a few calls says little.
+# Rounds at least and at most; between the two as many as take this many seconds for each shape: on a CPU that others
+# use too the median of a few calls says little.
 FEWEST, MOST, SECONDS = 7, 60, 0.5
 WARM_UP = 2
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Medians in seconds.
+    """Medians in seconds, of rounds made comparable.
 
     :param blocks: one block of each size
     :param rest: a forward pass without its blocks: embedding, final norm and vocabulary projection
@@ -68,14 +68,38 @@ def time_blocks(
     calls[None] = lambda: model(input_ids=ids)
     skipped = [(block, lambda hidden_states, *_args, **_kwargs: hidden_states) for block in blocks]
     with torch.no_grad(), forward_replaced(skipped):
-        seconds = {key: [_timed(function, device) for _ in range(WARM_UP)][-1:] for key, function in calls.items()}
-        rounds = {key: min(MOST, max(FEWEST, math.ceil(SECONDS / first[0]))) for key, first in seconds.items()}
-        for turn in range(max(rounds.values())):
-            for key, function in calls.items():
-                if turn < rounds[key]:
-                    seconds[key].append(_timed(function, device))
-    medians = {key: statistics.median(values[1:]) for key, values in seconds.items()}
-    return LatencyTable({key: value for key, value in medians.items() if key is not None}, medians[None])
+        first = {key: [_timed(function, device) for _ in range(WARM_UP)][-1] for key, function in calls.items()}
+        rounds = min(MOST, max(FEWEST, math.ceil(SECONDS * len(calls) / sum(first.values()))))
+        seconds = [{key: _timed(function, device) for key, function in calls.items()} for _ in range(rounds)]
+    weights = {each: _linear_weights(config, type(blocks[0]), each) for each in sizes}
+    return _table(seconds, weights)
+
+
+def _table(seconds: Sequence[Mapping[BlockSizes | None, float]], weights: Mapping[BlockSizes, int]) -> LatencyTable:
+    """Medians that survive a machine on which others work too.
+
+    :param seconds: for each round the time of each block size, and of the rest under None
+    :param weights: weights of the Linears of a block of each size
+    """
+    totals = [sum(each.values()) for each in seconds]
+    usual = statistics.median(totals)
+    # A round in which everything took longer says as much of the proportions as any other.
+    medians = {
+        key: statistics.median(each[key] * usual / total for each, total in zip(seconds, totals, strict=True))
+        for key in seconds[0]
+    }
+    blocks = {key: value for key, value in medians.items() if key is not None}
+    largest = max(weights, key=lambda each: weights[each])
+    # A smaller block saves at most its share of the operations. What seems to save more is noise, on which a search
+    # would build.
+    blocks = {key: max(value, blocks[largest] * weights[key] / weights[largest]) for key, value in blocks.items()}
+    return LatencyTable(blocks, medians[None])
+
+
+def _linear_weights(config: Any, block_class: Any, sizes: BlockSizes) -> int:
+    with torch.device("meta"):
+        block = block_class(config, sizes)
+    return sum(each.weight.numel() for each in block.modules() if isinstance(each, torch.nn.Linear))
 
 
 def _first_call(model: torch.nn.Module, block: torch.nn.Module, ids: torch.Tensor) -> _BlockReachedError:
