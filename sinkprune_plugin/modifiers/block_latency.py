@@ -14,6 +14,7 @@ from compressed_tensors.offload import get_execution_device
 from sinkprune_plugin.devices import input_device
 from sinkprune_plugin.models.sizes_in_config import BlockSizes
 from sinkprune_plugin.modifiers.replaced_forward import forward_replaced
+from sinkprune_plugin.sampling.tokens import LOW_CONFIDENCE, Needs, propose
 
 __all__ = ["LatencyTable", "time_blocks"]
 
@@ -21,6 +22,8 @@ __all__ = ["LatencyTable", "time_blocks"]
 # use too the median of a few calls says little.
 FEWEST, MOST, SECONDS = 7, 60, 0.5
 WARM_UP = 2
+# LLaDA's usual block.
+BLOCK_LENGTH = 32
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class LatencyTable:
     """Medians in seconds, of rounds made comparable.
 
     :param blocks: one block of each size
-    :param rest: a forward pass without its blocks: embedding, final norm and vocabulary projection
+    :param rest: the rest of a denoising step: embedding, final norm, vocabulary projection, and the choice of tokens
+        for a block of 32 positions
     """
 
     blocks: dict[BlockSizes, float]
@@ -65,7 +69,7 @@ def time_blocks(
     for each in sizes:
         block = type(blocks[0])(config, each).to(device=device, dtype=dtype).eval()
         calls[each] = _calling(block, call)
-    calls[None] = lambda: model(input_ids=ids)
+    calls[None] = lambda: _choose_tokens(model(input_ids=ids).logits)
     skipped = [(block, lambda hidden_states, *_args, **_kwargs: hidden_states) for block in blocks]
     with torch.no_grad(), forward_replaced(skipped):
         first = {key: [_timed(function, device) for _ in range(WARM_UP)][-1] for key, function in calls.items()}
@@ -94,6 +98,24 @@ def _table(seconds: Sequence[Mapping[BlockSizes | None, float]], weights: Mappin
     # would build.
     blocks = {key: max(value, blocks[largest] * weights[key] / weights[largest]) for key, value in blocks.items()}
     return LatencyTable(blocks, medians[None])
+
+
+def _choose_tokens(logits: torch.Tensor) -> None:
+    """What the sampler does with the logits of the open block, greedily and by confidence."""
+    rows = logits[:, -BLOCK_LENGTH:].flatten(0, 1)
+    zeros = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    propose(
+        rows,
+        temperature=zeros.double(),
+        top_k=zeros,
+        top_p=zeros.double() + 1,
+        remasking=zeros,
+        seed=zeros,
+        step=zeros,
+        position=zeros,
+        mask_token_id=0,
+        needs=Needs(noise=False, filters=False, remaskings=(LOW_CONFIDENCE,)),
+    )
 
 
 def _linear_weights(config: Any, block_class: Any, sizes: BlockSizes) -> int:

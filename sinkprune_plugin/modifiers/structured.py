@@ -79,7 +79,7 @@ class SinkAwareStructuredModifier(StructuredAllocation):
     :param target: whose outputs what stays should reproduce, ``dense`` or ``current``; see :class:`HessianModifierBase`
     :param preserve_sparsity_mask: single weights that are zero already stay zero while others adapt
     :param budget: with ``allocation: search``, ratio of dense to pruned such as ``1.5x``, in place of shares
-    :param budget_of: ``latency`` of a forward pass, measured on this machine; ``parameters`` or ``flops``
+    :param budget_of: ``latency`` of a denoising step, measured on this machine; ``parameters`` or ``flops``
     :param latency_batch_size: sequences in the forward passes that are timed
     :param levels: widths of each kind of units that a search may choose from
     :param search_budget: forward tokens that the choice of blocks and the search may spend, each
