@@ -1,10 +1,17 @@
 """A run of the tests leaves no files behind in the repository."""
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    # Before anything imports triton: its own library functions are made for the interpreter, or not, where they are
+    # imported, and llm-compressor and transformers import it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 pytest_plugins = ["gpu_report"]
 
