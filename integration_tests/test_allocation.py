@@ -7,7 +7,7 @@ import torch
 import yaml
 from golden_data import RECIPES
 from llmcompressor import oneshot
-from llmcompressor.core import reset_session
+from llmcompressor.core import active_session, reset_session
 from loguru import logger
 from pydantic import ValidationError
 
@@ -312,4 +312,7 @@ def test_the_searched_recipe(tokenizer, windows):
     run_oneshot(model, tokenizer, yaml.safe_dump(content), windows)
     of_blocks, total = zeros_by_block(model)
     assert total == pytest.approx(fields["sparsity"], abs=1e-4)
-    assert max(of_blocks) - min(of_blocks) > 0.02
+    # Which list so few tokens find is chance; that the model has the one that was found isn't.
+    (modifier,) = active_session().lifecycle.recipe.modifiers
+    assert modifier.allocation_note.startswith("search")
+    assert of_blocks == pytest.approx(modifier.allocation, abs=1e-4)
