@@ -1,12 +1,12 @@
 """BlockwiseRecoveryModifier under torchrun: two processes give the result of one."""
 
 import json
-import os
 import subprocess
 import sys
 
 import torch
 from safetensors.torch import load_file
+from vllm_engine import clean_environment
 
 from sinkprune_plugin.loading import EMBEDDED_MODEL
 
@@ -64,7 +64,7 @@ def test_two_processes_equal_one(tmp_path, golden_windows):
         ],
     }
     (tmp_path / "scratch").mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "scratch")}
+    environment = {**clean_environment(), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "scratch")}
     for name, command in launch.items():
         (tmp_path / name).mkdir()
         done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment, cwd=tmp_path)
