@@ -15,13 +15,13 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
 from sinkprune_plugin.models.decoder_blocks import block_linears
 from sinkprune_plugin.models.llada import LLaDAConfig, LLaDAModelLM
-from sinkprune_plugin.modifiers import allocating_base, allocation_search
+from sinkprune_plugin.modifiers import allocating_base
 from sinkprune_plugin.modifiers.admm import SinkAwareADMMModifier
 from sinkprune_plugin.modifiers.level_database import CACHE_BYTES, LevelDatabase
 from sinkprune_plugin.modifiers.oneshot_flow import calibration_dataset, run_oneshot
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
-from sinkprune_plugin.pruning import level_grid
+from sinkprune_plugin.pruning import level_grid, search_rounds
 
 ALL = [SinkAwareWandaModifier, SinkAwareSparseGPTModifier, SinkAwareADMMModifier]
 # Two windows of 64 tokens at two timesteps, so four passes. A round of the small search measures 4 candidates on one of
@@ -38,9 +38,9 @@ LISTED = [0.8, 0.8, 0.7, 0.7, 0.65, 0.55]
 def small_search(monkeypatch):
     """Levels 0.8, 0.775, … 0.7 at 75 %, instead of eleven, and a quarter of the candidates."""
     monkeypatch.setattr(level_grid, "LEVELS_ASIDE", 2)
-    monkeypatch.setattr(allocation_search, "OFFSPRING", 4)
-    monkeypatch.setattr(allocation_search, "SECOND", 2)
-    monkeypatch.setattr(allocation_search, "LAST", 1)
+    monkeypatch.setattr(search_rounds, "OFFSPRING", 4)
+    monkeypatch.setattr(search_rounds, "SECOND", 2)
+    monkeypatch.setattr(search_rounds, "LAST", 1)
 
 
 @pytest.fixture

@@ -12,16 +12,12 @@ from sinkprune_plugin.modifiers.level_database import LevelDatabase
 from sinkprune_plugin.modifiers.prediction_distance import PredictionDistance
 from sinkprune_plugin.modifiers.replaced_forward import forward_replaced, linear_with
 from sinkprune_plugin.modifiers.targets import PruningTarget
-from sinkprune_plugin.pruning.evolution import Candidate, SearchOptions, SearchState, Stage, search
+from sinkprune_plugin.pruning import search_rounds
+from sinkprune_plugin.pruning.evolution import Candidate, SearchOptions, SearchState, search
 from sinkprune_plugin.pruning.level_grid import LevelGrid
 
 __all__ = ["AllocationSearch", "search_options"]
 
-# A round: so many new candidates, of which the best go on to the next stage with more tokens. The last stage measures
-# three: two of them and the best so far.
-OFFSPRING, SECOND, LAST = 16, 4, 2
-# Share of the last stage's tokens that a candidate of the first and the second stage gets.
-FIRST_SHARE, SECOND_SHARE = 8, 2
 # Rounds for each decoder block that has targets, so that every one can move by several levels.
 ROUNDS_PER_BLOCK = 4
 # Passes of the last stage at least: a small budget makes fewer rounds, not coarser ones.
@@ -43,15 +39,9 @@ def search_options(budget: int, pass_tokens: int, passes: int, blocks: int, seed
     # All processes run a pass at a time.
     unit = pass_tokens * distributed.world_size()
     rounds = ROUNDS_PER_BLOCK * blocks
-    per_unit = OFFSPRING / FIRST_SHARE + SECOND / SECOND_SHARE + LAST + 1
-    last = max(int(budget / rounds / per_unit / unit), LEAST_PASSES)
+    last = max(int(budget / rounds / search_rounds.round_cost() / unit), LEAST_PASSES)
     last = max(min(last, passes // distributed.world_size()), 1)
-    stages = (
-        Stage(max(last // FIRST_SHARE, 1) * unit, SECOND),
-        Stage(max(last // SECOND_SHARE, 1) * unit, LAST),
-        Stage(last * unit, 1),
-    )
-    options = SearchOptions(budget, OFFSPRING, stages, seed)
+    options = SearchOptions(budget, search_rounds.OFFSPRING, search_rounds.round_stages(last, unit), seed)
     return replace(options, budget=min(budget, rounds * options.round_tokens))
 
 

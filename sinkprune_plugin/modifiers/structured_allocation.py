@@ -25,7 +25,8 @@ from sinkprune_plugin.modifiers.structured_fields import StructuredFields
 from sinkprune_plugin.modifiers.targets import solving_cost
 from sinkprune_plugin.modifiers.unit_costs import UnitCosts, count_costs, time_costs
 from sinkprune_plugin.modifiers.unit_targets import FIELDS, UnitTarget
-from sinkprune_plugin.pruning.evolution import Candidate, SearchOptions, SearchSpace, Stage, search
+from sinkprune_plugin.pruning import search_rounds
+from sinkprune_plugin.pruning.evolution import Candidate, SearchOptions, SearchSpace, search
 from sinkprune_plugin.pruning.hessian import prepare_hessian
 from sinkprune_plugin.pruning.unit_budget import (
     GroupLevels,
@@ -39,11 +40,7 @@ from sinkprune_plugin.pruning.units import level_widths
 
 __all__ = ["StructuredAllocation"]
 
-# A round of the search: so many new candidates, of which the best go on to the next stage with more tokens; the last
-# stage measures two of them and the best so far. A stage gets a share of the last one's tokens, and the budget lasts
-# for so many rounds, or more where the calibration passes have fewer tokens.
-OFFSPRING, SECOND, LAST = 16, 4, 2
-FIRST_SHARE, SECOND_SHARE = 8, 2
+# The budget lasts for so many rounds, or more where the calibration passes have fewer tokens.
 ROUNDS = 24
 
 
@@ -191,7 +188,7 @@ class StructuredAllocation(StructuredFields):
     ) -> Candidate:
         """The widths with the least divergence from the dense model's predictions along the trajectory."""
         distance = self._distance(engine)
-        options = search_options(self.search_budget, distance.tokens, self.seed)
+        options = _search_options(self.search_budget, distance.tokens, self.seed)
         by_block: dict[int, list[int]] = {}
         for index, (unit, _) in enumerate(groups):
             by_block.setdefault(unit.block, []).append(index)
@@ -225,15 +222,9 @@ class StructuredAllocation(StructuredFields):
             return search(space, fitness, options, start=start).best
 
 
-def search_options(budget: int, available: int, seed: int) -> SearchOptions:
-    per_token = OFFSPRING / FIRST_SHARE + SECOND / SECOND_SHARE + LAST + 1
-    last = max(min(int(budget / ROUNDS / per_token), available), 1)
-    stages = (
-        Stage(max(last // FIRST_SHARE, 1), SECOND),
-        Stage(max(last // SECOND_SHARE, 1), LAST),
-        Stage(last, 1),
-    )
-    return SearchOptions(budget, OFFSPRING, stages, seed)
+def _search_options(budget: int, available: int, seed: int) -> SearchOptions:
+    last = max(min(int(budget / ROUNDS / search_rounds.round_cost()), available), 1)
+    return SearchOptions(budget, search_rounds.OFFSPRING, search_rounds.round_stages(last), seed)
 
 
 def _check_memory(units: Sequence[UnitTarget], widths: Mapping[str, Sequence[int]]) -> None:
