@@ -30,7 +30,8 @@ class DenoisingSampler:
 
     def __init__(self, req_states: Any, mask_token_id: int, model: Any, vocabulary: int) -> None:
         self.state = BatchState(req_states.draft_tokens, mask_token_id)
-        self.batched = BatchSampler(self.state, model.project, vocabulary)
+        # Looked up in each call, so that a benchmark can time it.
+        self.batched = BatchSampler(self.state, lambda hidden: model.project(hidden), vocabulary)
         self._step: tuple[DeviceBatch, StepNeeds] | None = None
         self._new: list[int] = []
         cuda = self.state.canvas.is_cuda
