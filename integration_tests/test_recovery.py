@@ -5,19 +5,22 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from recovery_cases import make_pair, prune, save, small_model, text_file
+from transformers import TrainerState
 
 from sinkprune_plugin.commands.recover import recover_model, steps_of
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import load_sparse_checkpoint
 from sinkprune_plugin.loading import load_model
+from sinkprune_plugin.models.decoder_blocks import block_linears
 from sinkprune_plugin.models.llada import LLaDALlamaBlock
 from sinkprune_plugin.recovery.fixed_zeros import FixedZeros
 from sinkprune_plugin.recovery.options import RecoveryOptions
-from sinkprune_plugin.recovery.trainer import RecoveryTrainer
+from sinkprune_plugin.recovery.trainer import KeepZeros, RecoveryTrainer
 
 QUICK = {"batch_size": 4, "evaluations": 2, "learning_rate": 3e-3, "seed": 1}
 SHORT = {"steps": 6, "seq_len": 32, "device": "cpu"}
@@ -196,6 +199,20 @@ def test_weights_split_by_fsdp_keep_their_zeros(process_group):
         restore()
         optimizer.zero_grad()
     zeros.require({name: weight.full_tensor() for name, weight in weights.items()}, "the model")
+
+
+def test_a_filled_zero_in_a_saved_state_of_several_files_is_found(tmp_path):
+    model = prune(small_model())
+    zeros = FixedZeros(model)
+    name, module = list(block_linears(model).items())[-1]
+    with torch.no_grad():
+        module.weight[zeros.of(f"{name}.weight")] = 1e-3
+    # transformers splits states beyond 50 GB; here beyond 20 kB.
+    model.save_pretrained(tmp_path / "checkpoint-7", max_shard_size="20KB")
+    assert len(list((tmp_path / "checkpoint-7").glob("*.safetensors"))) > 2
+    state = TrainerState(global_step=7, is_world_process_zero=True)
+    with pytest.raises(UsageError, match=rf"checkpoint-7: {name}.weight has bits set at \d+ places"):
+        KeepZeros(zeros, trained=True).on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
 
 
 def test_two_processes_equal_one(pair, text, recovered, tmp_path):

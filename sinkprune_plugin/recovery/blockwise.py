@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,7 @@ import torch
 from sinkprune_plugin.devices import choose_device
 from sinkprune_plugin.diffusion import DiffusionSpec, timestep_grid
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.formats import CheckpointReader
-from sinkprune_plugin.loading import load_config
-from sinkprune_plugin.models.decoder_blocks import block_linears, find_decoder_blocks
+from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
 from sinkprune_plugin.recovery.noisy_windows import NOISE_EPS
 from sinkprune_plugin.recovery.options import RecoveryOptions
 
@@ -44,7 +41,7 @@ def fit_student(
     :param options: steps for each block, batch size, learning rate, held-out share, seed
     :param use_cpu: leave an accelerator alone
     :return: for each block its relative error before and after, and its steps
-    :raises UsageError: if several processes were started, or the text is too short
+    :raises UsageError: if several processes were started, the text is too short, or the models don't belong together
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UsageError(
@@ -56,12 +53,20 @@ def fit_student(
 
     from sinkprune_plugin.modifiers.block_recovery import fit_blocks
     from sinkprune_plugin.modifiers.calibration import CalibrationBatch
+    from sinkprune_plugin.modifiers.dense_weights import open_dense_model
     from sinkprune_plugin.modifiers.trajectory import TrajectoryCorruption, corrupted_passes
 
     passes_wanted = options.steps * options.batch_size
     count = min(len(windows), math.ceil(passes_wanted / (TIMESTEPS * EPOCHS)))
     if count < 2:
         raise UsageError(f"the text gives {count} windows; blockwise recovery needs at least 2, one of them held out")
+    dense_weights, dense_blocks = open_dense_model(dense, student)
+    blocks = find_decoder_blocks(student)[1]
+    if len(dense_blocks) != len(blocks):
+        raise UsageError(
+            f"the dense model has {len(dense_blocks)} decoder blocks and the pruned one {len(blocks)}, so blocks have "
+            "no counterpart; use method distill"
+        )
     batches = [CalibrationBatch(index, window[None], None) for index, window in enumerate(windows[:count])]
     grid = timestep_grid(TIMESTEPS, 1)
     passes = corrupted_passes(batches, grid, TrajectoryCorruption(spec, options.seed, NOISE_EPS))
@@ -69,12 +74,7 @@ def fit_student(
     if device.type != "cpu":
         set_onload_device(student, device)
     results = fit_blocks(
-        student,
-        CheckpointReader(dense),
-        passes,
-        len(grid),
-        _fit_options(options, count),
-        dense_blocks=_dense_blocks(dense, student),
+        student, dense_weights, passes, len(grid), _fit_options(options, count), dense_blocks=dense_blocks
     )
     if device.type != "cpu":
         remove_dispatch(student)
@@ -99,24 +99,3 @@ def _fit_options(options: RecoveryOptions, windows: int) -> Any:
         train_norms=options.train == "weights-and-norms",
         seed=options.seed,
     )
-
-
-def _dense_blocks(dense: Path, student: Any) -> list[torch.nn.Module] | None:
-    """The dense model's blocks without memory, where their shapes differ from the student's."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(dense), dtype=student.dtype)
-    if _shapes(model) == _shapes(student):
-        return None
-    blocks = find_decoder_blocks(model)[1]
-    if len(blocks) != len(find_decoder_blocks(student)[1]):
-        raise UsageError(
-            f"the dense model has {len(blocks)} decoder blocks and the pruned one "
-            f"{len(find_decoder_blocks(student)[1])}, so blocks have no counterpart; use method distill"
-        )
-    return list(blocks)
-
-
-def _shapes(model: Any) -> Mapping[str, torch.Size]:
-    return {name: module.weight.shape for name, module in block_linears(model).items()}

@@ -1,16 +1,16 @@
 """What a recovery's training looked like: numbers, a picture, a page."""
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
 
 from sinkprune_plugin import __version__
+from sinkprune_plugin.embedded_pictures import data_url
 
-__all__ = ["CURVE_FOLDER", "write_curve"]
+__all__ = ["CURVE_FOLDER", "CURVE_PICTURE", "write_curve"]
 
 # Within the recovered model's directory.
-CURVE_FOLDER = "recovery"
+CURVE_FOLDER, CURVE_PICTURE = "recovery", "loss.png"
 _TEMPLATE = Path(__file__).parent / "curve.html.jinja"
 _TRAINING, _HELD_OUT, _CHOSEN = "#b9c6d8", "#d1495b", "#1a7f4b"
 # Steps that a point of the smoothed line averages over, as a share of all.
@@ -30,14 +30,15 @@ def write_curve(directory: Path, history: list[dict[str, Any]], summary: dict[st
     held_out = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     content = summary | {"training_loss": training, "held_out_loss": held_out}
     (folder / "recovery.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    _draw(folder / "loss.png", training, held_out, summary["best_step"])
+    _draw(folder / CURVE_PICTURE, training, held_out, summary["best_step"])
     from jinja2 import Environment, StrictUndefined
 
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(
         _TEMPLATE.read_text(encoding="utf-8")
     )
-    picture = "data:image/png;base64," + base64.b64encode((folder / "loss.png").read_bytes()).decode("ascii")
-    page = template.render(summary=summary, held_out=held_out, picture=picture, version=__version__)
+    page = template.render(
+        summary=summary, held_out=held_out, picture=data_url(folder / CURVE_PICTURE), version=__version__
+    )
     (folder / "recovery.html").write_text(page, encoding="utf-8")
 
 

@@ -1,6 +1,5 @@
 """Writing a recovered model: the pruned checkpoint with other values in the same places."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import CheckpointReader
 from sinkprune_plugin.formats.checkpoint_writer import write_checkpoint
 from sinkprune_plugin.formats.files.safetensors_header import TORCH_DTYPES, TensorSpec
+from sinkprune_plugin.formats.files.shard_reader import read_json
 from sinkprune_plugin.formats.files.shard_writer import tensor_bytes
 from sinkprune_plugin.formats.sparsity_config import without_sparsity
 from sinkprune_plugin.formats.write_request import LARGEST_SHARD, WriteRequest
-from sinkprune_plugin.provenance import PROVENANCE_FILE, provenance
+from sinkprune_plugin.provenance import PROVENANCE_FILE, write_provenance
 from sinkprune_plugin.recovery.fixed_zeros import FixedZeros
 
 __all__ = ["check_recoverable", "write_result"]
@@ -90,7 +90,7 @@ def write_result(
     earlier = reader.directory / PROVENANCE_FILE
     if earlier.is_file():
         try:
-            settings["pruned_model_provenance"] = json.loads(earlier.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            settings["pruned_model_provenance"] = read_json(earlier)
+        except UsageError:
             settings["pruned_model_provenance"] = "unreadable"
-    (directory / PROVENANCE_FILE).write_text(json.dumps(provenance(**settings), indent=2) + "\n", encoding="utf-8")
+    write_provenance(directory, **settings)

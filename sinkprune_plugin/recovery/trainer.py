@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from tqdm import tqdm
 from transformers import (
     EarlyStoppingCallback,
@@ -18,12 +17,13 @@ from transformers import (
 )
 
 from sinkprune_plugin.diffusion import DiffusionSpec, divergence, elbo_weights, negative_log_likelihood, predictions
+from sinkprune_plugin.formats import CheckpointReader
 from sinkprune_plugin.recovery.fixed_zeros import FixedZeros
 from sinkprune_plugin.recovery.noisy_windows import NoisyWindows, batch_of
 from sinkprune_plugin.recovery.options import RecoveryOptions
 from sinkprune_plugin.recovery.teacher import Teacher
 
-__all__ = ["RecoveryTrainer", "weighted_loss"]
+__all__ = ["KeepZeros", "RecoveryTrainer", "weighted_loss"]
 
 # A held-out loss that is this many times the one before training will not come back.
 DIVERGED = 2.0
@@ -89,7 +89,7 @@ class RecoveryTrainer(Trainer):
         self._teachers = teachers
         self.stopped_because: str | None = None
         callbacks: list[TrainerCallback] = [
-            _KeepZeros(zeros, trained=options.train != "lora"),
+            KeepZeros(zeros, trained=options.train != "lora"),
             _StopWhenDiverging(self),
             _Progress(),
         ]
@@ -137,41 +137,33 @@ class RecoveryTrainer(Trainer):
             return self.compute_loss(model, inputs).detach(), None, None
 
 
-class _KeepZeros(TrainerCallback):
-    """Restores the zeros after each step, and checks every state that is saved."""
+class KeepZeros(TrainerCallback):
+    """Restores the zeros after each step, and checks every state that is saved.
+
+    :param zeros: zeros of the student
+    :param trained: whether its weights are trained; adapters leave them as they are
+    """
 
     def __init__(self, zeros: FixedZeros, *, trained: bool) -> None:
         self._zeros = zeros
-        # Adapters leave the weights as they are.
         self._in_danger = trained and zeros.zeros > 0
         self._restore: Callable[[], None] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
+        """Mask the gradients; see the base class."""
         self._restore = self._zeros.attach(model) if self._in_danger else None
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Restore the zeros; see the base class."""
         if self._restore is not None:
             self._restore()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "model.safetensors"
-        if self._in_danger and state.is_world_process_zero and file.is_file():
-            with safe_open(file, framework="pt") as saved:
-                self._zeros.require(_Saved(saved), str(file))
-
-
-class _Saved(Mapping[str, torch.Tensor]):
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._file.get_tensor(name)
-
-    def __iter__(self) -> Any:
-        return iter(self._file.keys())
-
-    def __len__(self) -> int:
-        return len(self._file.keys())
+        """Check the state; see the base class."""
+        # Whole models are saved, in several files where one would be too large.
+        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._in_danger and state.is_world_process_zero:
+            self._zeros.require(CheckpointReader(saved), str(saved))
 
 
 class _StopWhenDiverging(TrainerCallback):

@@ -1,19 +1,17 @@
 """A third model beside dense and pruned: the one that a recovery made of the pruned one."""
 
-import base64
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sinkprune_plugin.embedded_pictures import data_url
 from sinkprune_plugin.inspection.info import inspect_checkpoint
+from sinkprune_plugin.recovery.loss_curve import CURVE_FOLDER, CURVE_PICTURE
 from sinkprune_plugin.verification.perplexity import PairedPerplexity
 from sinkprune_plugin.verification.samples import PairedSamples
 
 __all__ = ["curve_picture", "recovered_section", "three_columns"]
-
-# Where `sinkprune recover` puts the picture of its losses, within the model's directory.
-_CURVE = Path("recovery") / "loss.png"
 
 
 def recovered_section(
@@ -78,7 +76,5 @@ def curve_picture(directory: Path) -> str | None:
     :param directory: checkpoint directory of the recovered model
     :return: a data URL; None where there is no picture
     """
-    file = directory / _CURVE
-    if not file.is_file():
-        return None
-    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode("ascii")
+    file = directory / CURVE_FOLDER / CURVE_PICTURE
+    return data_url(file) if file.is_file() else None

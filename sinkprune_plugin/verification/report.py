@@ -1,11 +1,11 @@
 """The report of a verification: JSON for machines, one HTML file for people, a table for the terminal."""
 
-import base64
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinkprune_plugin import __version__
+from sinkprune_plugin.embedded_pictures import data_url
 from sinkprune_plugin.verification.plots import draw_plots
 from sinkprune_plugin.verification.recovered import curve_picture, three_columns
 from sinkprune_plugin.verification.speed_verdict import NO_DIFFERENCE
@@ -29,14 +29,9 @@ def write_report(directory: Path, content: dict[str, Any], recovered: Path | Non
     """
     plots = draw_plots(directory, content)
     (directory / JSON_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    pictures = {title: _embedded(directory / file) for title, file in plots.items()}
-    sinks = {name: _embedded(directory / each["plot"]) for name, each in content["sinks"].items()}
+    pictures = {title: data_url(directory / file) for title, file in plots.items()}
+    sinks = {name: data_url(directory / each["plot"]) for name, each in content["sinks"].items()}
     (directory / HTML_FILE).write_text(_html(content, pictures, sinks, recovered), encoding="utf-8")
-
-
-def _embedded(file: Path) -> str:
-    """An embedded image: the report is one file and needs no network."""
-    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode("ascii")
 
 
 def _html(content: dict[str, Any], pictures: dict[str, str], sinks: dict[str, str], recovered: Path | None) -> str:
