@@ -24,6 +24,9 @@ class DiffusionFamily:
     :param logit_shift: the logit that predicts token i is at position i - ``logit_shift``; 0 or 1
     :param default_mask_token_id: mask token id of the published checkpoints, used only where neither the configuration
         nor the tokenizer names one and the vocabulary holds it
+    :param shared_types: values of ``config.model_type`` that are another family's, unless the configuration has all
+        keys of ``marks``
+    :param marks: see ``shared_types``
     """
 
     name: str
@@ -33,6 +36,8 @@ class DiffusionFamily:
     keep_last: bool = False
     logit_shift: int = 0
     default_mask_token_id: int | None = None
+    shared_types: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,11 @@ def find_family(config: Any) -> DiffusionFamily | None:
     model_type = _field(config, "model_type")
     if not isinstance(model_type, str):
         return None
+    for family in families():
+        if _key(model_type) in map(_key, family.shared_types) and all(
+            _field(config, mark) is not None for mark in family.marks
+        ):
+            return family
     of_type = (family for family in families() if _key(model_type) in map(_key, family.model_types))
     return next(of_type, None)
 
@@ -182,6 +192,17 @@ def _key(model_type: str) -> str:
 # LLaDA and LLaDA-1.5 share model_type "llada". MMaDA is the LLaDA network under model_type "mmada" with image tokens
 # appended to the vocabulary; the mask token keeps its id. Text corruption never produces an image token.
 register_family(DiffusionFamily("llada", ("llada", "mmada"), default_mask_token_id=126336))
+# LLaDA-MoE's official files say model_type "llada" too, but their vocabulary and mask token are others: 156895 as in
+# inclusionAI/dInfer and in the sampling code of the model card.
+register_family(
+    DiffusionFamily(
+        "llada-moe",
+        ("lladamoe",),
+        default_mask_token_id=156895,
+        shared_types=("llada",),
+        marks=("num_experts",),
+    )
+)
 register_family(
     DiffusionFamily("dream", ("Dream",), keep_first=True, keep_last=True, logit_shift=1, default_mask_token_id=151666)
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-__all__ = ["ARCHITECTURES", "NATIVE_MODELS", "NativeModel", "Units"]
+__all__ = ["ARCHITECTURES", "NATIVE_MODELS", "Experts", "NativeModel", "Units"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,27 @@ class Units:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Where a decoder block's experts are, as names of modules and tensors within the block.
+
+    Block and module names hold for the checkpoint's tensors as well: expert N's are ``{experts}.N.{gate}.weight`` and
+    so on. What belongs to one expert besides is a row of each of ``rows``.
+
+    :param experts: name of the list of experts
+    :param router: name of the :class:`~sinkprune_plugin.models.experts.Router`
+    :param rows: names of tensors with one row or element for each expert
+    :param gate: name of a Linear within an expert, as ``up`` and ``down``: down(act(gate x) ⊙ up x)
+    """
+
+    experts: str = "mlp.experts"
+    router: str = "mlp.gate"
+    rows: tuple[str, ...] = ("mlp.gate.weight",)
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True)
 class NativeModel:
     """One ``model_type`` and the classes that go with it. Places are ``module:class``.
 
@@ -40,6 +61,7 @@ class NativeModel:
     :param vllm_model: place of the vLLM class, within the folder of vLLM models
     :param tokenizer: place of the tokenizer within this folder, if those of transformers can't read the official files
     :param units: what can be removed from its decoder blocks; None: nothing, and structured pruning refuses the model
+    :param experts: where its experts are; None: it has none
     """
 
     model_type: str
@@ -50,6 +72,7 @@ class NativeModel:
     vllm_model: str
     tokenizer: str | None = None
     units: Units | None = None
+    experts: Experts | None = None
 
     def config_class(self) -> Any:
         """Import the configuration's class."""
@@ -103,6 +126,16 @@ NATIVE_MODELS = (
         architectures=("MMadaModelLM", "MMaDAModelLM"),
         vllm_model="llada:MMaDAModelLM",
         units=_LLADA_UNITS,
+    ),
+    NativeModel(
+        # Official files say "llada" (LLaDAConfig hands them on), those that name the type say this.
+        model_type="lladamoe",
+        family="llada-moe",
+        config="llada_moe.configuration_llada_moe:LLaDAMoEConfig",
+        model="llada_moe.modeling_llada_moe:LLaDAMoEModelLM",
+        architectures=("LLaDAMoEModelLM", "LLaDAMoEModel"),
+        vllm_model="llada_moe:LLaDAMoEModelLM",
+        experts=Experts(),
     ),
     NativeModel(
         model_type="Dream",

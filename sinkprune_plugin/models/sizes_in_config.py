@@ -4,7 +4,7 @@ It is there where the ordinary options, which hold for all blocks, can't say wha
 ignores keys that it doesn't know, so an option that names a formula then has a value that it does refuse.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -15,6 +15,7 @@ __all__ = [
     "SIZES_KEY",
     "BlockSizes",
     "check_head_width",
+    "check_routing",
     "derived_head_width",
     "mark_formula",
     "ordinary_sizes",
@@ -32,9 +33,11 @@ _OPTIONS = frozenset(
     {
         *("n_layers", "n_heads", "n_kv_heads", "multi_query_attention", "mlp_hidden_size", "block_type"),
         *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_act"),
-        *("head_dim", SIZES_KEY, DENSE_KEY),
+        *("num_experts", "head_dim", SIZES_KEY, DENSE_KEY),
     }
 )
+
+_EXPERTS = "experts"
 
 # Shown by official code as the name of an unknown formula, hence with what to do.
 _MARK = f" with {SIZES_KEY} (load it with sinkprune-plugin)"
@@ -44,18 +47,20 @@ _MARK = f" with {SIZES_KEY} (load it with sinkprune-plugin)"
 class BlockSizes:
     """Units of one decoder block.
 
-    :param mlp_channels: width of the gated MLP
+    :param mlp_channels: width of the gated MLP, or of each expert
     :param attention_heads: query heads
     :param key_value_heads: key and value heads; divides ``attention_heads``
+    :param experts: experts that a router chooses from; 0 in a block without
     """
 
     mlp_channels: int
     attention_heads: int
     key_value_heads: int
+    experts: int = 0
 
     def to_json(self) -> dict[str, int]:
-        """One entry of ``sinkprune_block_sizes``."""
-        return asdict(self)
+        """One entry of ``sinkprune_block_sizes``; only a block with experts says how many."""
+        return {name: value for name, value in asdict(self).items() if value or name != _EXPERTS}
 
 
 def ordinary_sizes(config: Any) -> BlockSizes:
@@ -71,21 +76,39 @@ def ordinary_sizes(config: Any) -> BlockSizes:
 def sizes_in_config(config: Any) -> list[BlockSizes]:
     """Sizes of each decoder block, by the configuration.
 
+    A configuration whose ordinary options don't say the same of all blocks has a method ``ordinary_block_sizes``.
+
     :param config: configuration whose ordinary options have been checked
     :return: one entry per block
     :raises UsageError: if ``sinkprune_block_sizes`` isn't a valid list, naming the entry
     """
-    ordinary, blocks = ordinary_sizes(config), config.num_hidden_layers
+    each = getattr(config, "ordinary_block_sizes", None)
+    ordinary = [ordinary_sizes(config)] * config.num_hidden_layers if each is None else each()
     stored = getattr(config, SIZES_KEY, None)
-    return [ordinary] * blocks if stored is None else parse_sizes(stored, blocks, ordinary)
+    return ordinary if stored is None else parse_sizes(stored, len(ordinary), ordinary)
 
 
-def parse_sizes(stored: Any, blocks: int, largest: BlockSizes | None = None) -> list[BlockSizes]:
+def check_routing(config: Any) -> None:
+    """Check that every block with experts has at least as many as each token goes to.
+
+    :param config: configuration whose numbers have been checked one by one
+    :raises UsageError: naming the block
+    """
+    chosen = config.num_experts_per_tok
+    for number, sizes in enumerate(sizes_in_config(config)):
+        if 0 < sizes.experts < chosen:
+            raise UsageError(
+                f"decoder block {number} has {sizes.experts} experts, fewer than the num_experts_per_tok={chosen} that "
+                "each token goes to; correct config.json, or keep more experts"
+            )
+
+
+def parse_sizes(stored: Any, blocks: int, largest: Sequence[BlockSizes] | None = None) -> list[BlockSizes]:
     """Check the value of ``sinkprune_block_sizes``.
 
     :param stored: the value, not None
     :param blocks: number of decoder blocks
-    :param largest: what no block may exceed, if that is known
+    :param largest: what each block may not exceed, if that is known
     :return: one entry per block
     :raises UsageError: naming the entry that is wrong
     """
@@ -93,12 +116,15 @@ def parse_sizes(stored: Any, blocks: int, largest: BlockSizes | None = None) -> 
         raise _wrong(f"{SIZES_KEY} is of type {type(stored).__name__}; it must be a list, one entry per decoder block")
     if len(stored) != blocks:
         raise _wrong(f"{SIZES_KEY} has {len(stored)} entries for {blocks} decoder blocks")
-    return [_entry(number, entry, largest) for number, entry in enumerate(stored)]
+    return [_entry(number, entry, None if largest is None else largest[number]) for number, entry in enumerate(stored)]
 
 
 def _entry(number: int, entry: Any, largest: BlockSizes | None) -> BlockSizes:
     where = f"{SIZES_KEY}[{number}]"
-    names = [field.name for field in fields(BlockSizes)]
+    names = [field.name for field in fields(BlockSizes) if field.name != _EXPERTS]
+    # Unknown where the ordinary options are: then an entry may say it or not.
+    routed = largest.experts > 0 if largest is not None else isinstance(entry, Mapping) and _EXPERTS in entry
+    names += [_EXPERTS] if routed else []
     if not isinstance(entry, Mapping) or set(entry) != set(names):
         found = sorted(map(str, entry)) if isinstance(entry, Mapping) else entry
         raise _wrong(f"{where} must have the keys {', '.join(names)}, not {short(repr(found))}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-__all__ = ["TRACE", "write_dream", "write_dream_tokenizer", "write_llada"]
+__all__ = ["TRACE", "write_dream", "write_dream_tokenizer", "write_llada", "write_llada_moe"]
 
 TRACE = "executed.txt"
 
@@ -175,6 +175,90 @@ def write_dream(folder, *, seed=0, **changes):
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], width)
     return _write(folder, config, shapes, ("configuration_dream.py", "modeling_dream.py"), seed)
+
+
+def write_llada_moe(folder, *, seed=0, drop=(), experts=None, **changes):
+    """Write a LLaDA-MoE checkpoint; ``changes`` are keys of config.json, ``drop`` are keys to leave out.
+
+    ``experts`` gives each layer a number of its own.
+    """
+    config = {
+        "architectures": ["LLaDAMoEModelLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "auto_map": {
+            "AutoConfig": "configuration_lladamoe.LLaDAConfig",
+            "AutoModel": "modeling_lladamoe.LLaDAMoEModelLM",
+            "AutoModelForCausalLM": "modeling_lladamoe.LLaDAMoEModelLM",
+        },
+        "clip_qkv": None,
+        "dense_intermediate_size": 72,
+        "eos_token_id": 1,
+        "expert_intermediate_size": 40,
+        "hidden_act": "silu",
+        "hidden_size": 48,
+        "initializer_range": 0.02,
+        "mask_token_id": 2,
+        "max_position_embeddings": 128,
+        "model_type": "llada",
+        "moe_layer_freq": [1, 1],
+        "moe_router_enable_expert_bias": False,
+        "moe_router_score_function": "softmax",
+        "norm_topk_prob": None,
+        "num_attention_heads": 6,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 6,
+        "output_router_logits": False,
+        "pad_token_id": 1,
+        "partial_rotary_factor": 1,
+        "qk_layernorm": True,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 50000,
+        "routed_scaling_factor": 1,
+        "router_aux_loss_coef": 0.01,
+        "router_num_group": None,
+        "router_topk_group": None,
+        "shared_expert_intermediate_size": None,
+        "tie_word_embeddings": False,
+        "transformers_version": "4.53.2",
+        "use_cache": False,
+        "vocab_size": 88,
+    }
+    config.update(changes)
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_width = config["num_key_value_heads"] * width // heads
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], width), "model.norm.weight": (width,)}
+
+    def mlp(name, channels):
+        shapes[f"{name}.gate_proj.weight"] = (channels, width)
+        shapes[f"{name}.up_proj.weight"] = (channels, width)
+        shapes[f"{name}.down_proj.weight"] = (width, channels)
+
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        for name, rows in (("q", width), ("k", kv_width), ("v", kv_width), ("o", width)):
+            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (rows, width)
+            if config["attention_bias"]:
+                shapes[f"{layer}.self_attn.{name}_proj.bias"] = (rows,)
+        if config["qk_layernorm"]:
+            shapes[f"{layer}.self_attn.q_norm.weight"] = shapes[f"{layer}.self_attn.k_norm.weight"] = (width // heads,)
+        if config["moe_layer_freq"][i]:
+            count = experts[i] if experts else config["num_experts"]
+            shapes[f"{layer}.mlp.gate.weight"] = (count, width)
+            for j in range(count):
+                mlp(f"{layer}.mlp.experts.{j}", config["expert_intermediate_size"])
+        else:
+            mlp(f"{layer}.mlp", config["dense_intermediate_size"])
+        shapes[f"{layer}.input_layernorm.weight"] = (width,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (width,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], width)
+    for key in drop:
+        del config[key]
+    return _write(folder, config, shapes, ("configuration_lladamoe.py", "modeling_lladamoe.py"), seed)
 
 
 def write_dream_tokenizer(folder):

@@ -1,4 +1,4 @@
-"""The plainest forward passes of both networks, written from the tensors' names alone: the tests' reference.
+"""The plainest forward passes of the networks, written from the tensors' names alone: the tests' reference.
 
 Nothing of the package is imported here. Rotation is multiplication by exp(i · angle) of the complex numbers whose real
 and imaginary parts lie half a head apart; attention is an explicit softmax.
@@ -6,7 +6,7 @@ and imaginary parts lie half a head apart; attention is an explicit softmax.
 
 import torch
 
-__all__ = ["plain_dream", "plain_llada"]
+__all__ = ["plain_dream", "plain_llada", "plain_llada_moe"]
 
 
 def _linear(tensors, name, x):
@@ -91,5 +91,43 @@ def plain_dream(tensors, config, input_ids, valid=None, positions=None):
         y = _rms_norm(tensors, f"{layer}.post_attention_layernorm", x, eps)
         gate = torch.nn.functional.silu(_linear(tensors, f"{layer}.mlp.gate_proj", y))
         x = x + _linear(tensors, f"{layer}.mlp.down_proj", gate * _linear(tensors, f"{layer}.mlp.up_proj", y))
+    x = _rms_norm(tensors, "model.norm", x, eps)
+    return _linear(tensors, "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head", x)
+
+
+def _gated_mlp(tensors, name, x):
+    gate = torch.nn.functional.silu(_linear(tensors, f"{name}.gate_proj", x))
+    return _linear(tensors, f"{name}.down_proj", gate * _linear(tensors, f"{name}.up_proj", x))
+
+
+def plain_llada_moe(tensors, config, input_ids, valid=None, positions=None):
+    """(B, T) ids → (B, T, V) float32 logits; every expert sees every token, those not chosen with weight zero."""
+    valid, positions = _defaults(input_ids, valid, positions)
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    theta, eps = config["rope_theta"], config["rms_norm_eps"]
+    x = tensors["model.embed_tokens.weight"].float()[input_ids]
+
+    def head_norm(name, q):
+        if f"{name}.weight" not in tensors:
+            return q
+        return _rms_norm(tensors, name, q.unflatten(-1, (-1, x.shape[-1] // heads)), eps).flatten(-2)
+
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        y = _rms_norm(tensors, f"{layer}.input_layernorm", x, eps)
+        q, k, v = (_linear(tensors, f"{layer}.self_attn.{n}_proj", y) for n in "qkv")
+        q, k = head_norm(f"{layer}.self_attn.q_norm", q), head_norm(f"{layer}.self_attn.k_norm", k)
+        heads_out = _attention(q, k, v, heads, kv_heads, theta, valid, positions)
+        x = x + _linear(tensors, f"{layer}.self_attn.o_proj", heads_out)
+        y = _rms_norm(tensors, f"{layer}.post_attention_layernorm", x, eps)
+        if f"{layer}.mlp.gate.weight" not in tensors:
+            x = x + _gated_mlp(tensors, f"{layer}.mlp", y)
+            continue
+        probability = _linear(tensors, f"{layer}.mlp.gate", y).softmax(-1)
+        # The k-th largest probability is the least that is still chosen; ties don't occur in random floats.
+        least = probability.sort(-1, descending=True).values[..., config["num_experts_per_tok"] - 1, None]
+        weight = probability * (probability >= least)
+        for j in range(probability.shape[-1]):
+            x = x + weight[..., j, None] * _gated_mlp(tensors, f"{layer}.mlp.experts.{j}", y)
     x = _rms_norm(tensors, "model.norm", x, eps)
     return _linear(tensors, "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head", x)

@@ -4,12 +4,16 @@ import runpy
 from pathlib import Path
 
 import pytest
-from official_checkpoints import TRACE, write_dream, write_dream_tokenizer, write_llada
+from official_checkpoints import TRACE, write_dream, write_dream_tokenizer, write_llada, write_llada_moe
 
 import sinkprune_plugin.models as models
 
 TINY = Path(__file__).parent.parent.parent / "sinkprune_plugin" / "assets" / "tiny-llada"
-PAIRS = {"llada": (write_llada, "LLaDAModelLM"), "Dream": (write_dream, "DreamModel")}
+PAIRS = {
+    "llada": (write_llada, "LLaDAModelLM"),
+    "llada-moe": (write_llada_moe, "LLaDAMoEModelLM"),
+    "Dream": (write_dream, "DreamModel"),
+}
 
 
 def test_registering_again_and_again_changes_nothing():

@@ -131,6 +131,15 @@ class LLaDAConfig(PreTrainedConfig):
         self.head_dim = self.head_dim or derived_head_width(self.d_model, self.n_heads, sized=sized)
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """See ``PreTrainedConfig``; official files of LLaDA-MoE have this ``model_type`` too, and give its class."""
+        if cls is LLaDAConfig and config_dict.get("num_experts") is not None:
+            from sinkprune_plugin.models.llada_moe.configuration_llada_moe import LLaDAMoEConfig
+
+            return LLaDAMoEConfig.from_dict({**config_dict, "model_type": LLaDAMoEConfig.model_type}, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """See ``PreTrainedConfig``; official code refuses a block type that it doesn't know, naming it."""
         return mark_formula(super().to_dict(), "block_type")
