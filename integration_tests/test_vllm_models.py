@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from official_checkpoints import write_dream, write_llada
+from official_checkpoints import write_dream, write_llada, write_nemotron_labs
 from safetensors.torch import load_file, save_file
 from unequal_blocks import write_unequal_dream, write_unequal_llada
 from vllm_engine import prepare_vllm
@@ -14,6 +14,7 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.dream.modeling_dream import DreamModel
 from sinkprune_plugin.models.llada.configuration_llada import LLaDAConfig
 from sinkprune_plugin.models.llada.modeling_llada import LLaDAModelLM
+from sinkprune_plugin.models.nemotron_labs.modeling_nemotron_labs import NemotronLabsDiffusionModel
 from sinkprune_plugin.models.rotary import RotaryTables, apply_rotary
 
 
@@ -110,6 +111,18 @@ def test_dream_gives_the_logits_of_the_plain_model(changes, tmp_path, load, logi
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [{}, {"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True},
+     {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}],
+    ids=["official", "biases", "tied", "plain rotary"],
+)  # fmt: skip
+def test_nemotron_labs_gives_the_logits_of_the_plain_model(changes, tmp_path, load, logits):
+    # The harness's attention looks in both directions, as in one open block.
+    config, _ = write_nemotron_labs(tmp_path, block_size=64, **changes)
+    check_same_logits(NemotronLabsDiffusionModel, tmp_path, config, load, logits)
+
+
+@pytest.mark.parametrize(
     ("write", "native_class", "changes"),
     [(write_unequal_llada, LLaDAModelLM, {}), (write_unequal_llada, LLaDAModelLM, {"n_kv_heads": 3,
       "include_bias": True}), (write_unequal_dream, DreamModel, {})],
@@ -190,7 +203,9 @@ def test_rows_of_a_step(tmp_path, load, logits):
     assert torch.equal(embedded, plain)
 
 
-@pytest.mark.parametrize(("write", "layer"), [(write_llada, "blocks"), (write_dream, "layers")])
+@pytest.mark.parametrize(
+    ("write", "layer"), [(write_llada, "blocks"), (write_dream, "layers"), (write_nemotron_labs, "layers")]
+)
 def test_every_parameter_comes_from_the_checkpoint(write, layer, tmp_path, load):
     _, tensors = write(tmp_path)
     model, _ = load(tmp_path, load_format="dummy")

@@ -2,42 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.models.catalogue import FAMILIES
+from sinkprune_plugin.models.diffusion_family import ContextAttention, DiffusionFamily
 
 __all__ = ["DiffusionFamily", "DiffusionSpec", "families", "find_family", "register_family", "resolve_diffusion"]
 
 _HOW_TO_ADD = "add yours with sinkprune_plugin.diffusion.register_family, see docs/adding-a-family.md"
-
-
-@dataclass(frozen=True)
-class DiffusionFamily:
-    """Facts shared by all checkpoints of one kind of diffusion LM.
-
-    :param name: short name for messages and reports
-    :param model_types: values of ``config.model_type`` that belong to the family (compared without case)
-    :param corruption: forward process. "absorbing": a corrupted token becomes the mask token. (Uniform corruption,
-        where it becomes any token of the vocabulary, as in DiffusionGemma, is refused for now: its likelihood differs.)
-    :param keep_first: the first real token of a sequence is never corrupted
-    :param keep_last: the last real token of a sequence is never corrupted
-    :param logit_shift: the logit that predicts token i is at position i - ``logit_shift``; 0 or 1
-    :param default_mask_token_id: mask token id of the published checkpoints, used only where neither the configuration
-        nor the tokenizer names one and the vocabulary holds it
-    :param shared_types: values of ``config.model_type`` that are another family's, unless the configuration has all
-        keys of ``marks``
-    :param marks: see ``shared_types``
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    corruption: Literal["absorbing"] = "absorbing"
-    keep_first: bool = False
-    keep_last: bool = False
-    logit_shift: int = 0
-    default_mask_token_id: int | None = None
-    shared_types: tuple[str, ...] = ()
-    marks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,16 +20,23 @@ class DiffusionSpec:
     :param family: the family
     :param mask_token_id: id of the mask token, in [0, ``vocab_size``)
     :param vocab_size: rows of the embedding table
+    :param block_length: tokens in a block of a model that was trained to denoise block by block; None for others
     """
 
     family: DiffusionFamily
     mask_token_id: int
     vocab_size: int
+    block_length: int | None = None
 
     @property
     def name(self) -> str:
         """The family's name."""
         return self.family.name
+
+    @property
+    def context(self) -> ContextAttention:
+        """How the tokens before an open block see each other; bidirectional where the whole sequence is one block."""
+        return self.family.context
 
     @property
     def logit_shift(self) -> int:
@@ -88,6 +68,11 @@ def register_family(family: DiffusionFamily) -> None:
     if family.corruption != "absorbing":
         raise UsageError(
             f"family {family.name!r} has corruption {family.corruption!r}; only 'absorbing' (mask token) is supported"
+        )
+    if (family.context == "bidirectional") != (family.block_key is None):
+        raise UsageError(
+            f"family {family.name!r} has context {family.context!r} and block_key {family.block_key!r}; a model that "
+            "denoises block by block needs both, any other neither"
         )
     if family.logit_shift not in (0, 1):
         raise UsageError(f"family {family.name!r} has logit_shift {family.logit_shift}; it must be 0 or 1")
@@ -136,8 +121,9 @@ def resolve_diffusion(config: Any, tokenizer: Any = None, *, mask_token_id: int 
     :param config: a transformers configuration, or the parsed content of a config.json; only read, never executed
     :param tokenizer: the model's tokenizer, if there is one
     :param mask_token_id: mask token id given by the user
-    :return: family, mask token and vocabulary size
-    :raises UsageError: if the family is unknown, or the mask token id is missing or outside the vocabulary
+    :return: family, mask token, vocabulary size, and the block length of a model that denoises block by block
+    :raises UsageError: if the family is unknown, a block length is wrong, or the mask token id is missing or outside
+        the vocabulary
     """
     family = find_family(config)
     if family is None:
@@ -147,6 +133,7 @@ def resolve_diffusion(config: Any, tokenizer: Any = None, *, mask_token_id: int 
             f"known: {known}; {_HOW_TO_ADD}"
         )
     vocab_size = _vocab_size(config, family)
+    block_length = _block_length(config, family)
     candidates = (
         ("the mask_token_id given", mask_token_id),
         ("config.mask_token_id", _field(config, "mask_token_id")),
@@ -154,10 +141,10 @@ def resolve_diffusion(config: Any, tokenizer: Any = None, *, mask_token_id: int 
     )
     for source, value in candidates:
         if value is not None:
-            return DiffusionSpec(family, _checked_mask_id(value, source, vocab_size), vocab_size)
+            return DiffusionSpec(family, _checked_mask_id(value, source, vocab_size), vocab_size, block_length)
     default = family.default_mask_token_id
     if default is not None and default < vocab_size:
-        return DiffusionSpec(family, default, vocab_size)
+        return DiffusionSpec(family, default, vocab_size, block_length)
     raise UsageError(
         f"no mask token id for this {family.name} model: config.mask_token_id and the tokenizer's mask_token are "
         f"missing and the family's default ({default}) is outside its vocabulary of {vocab_size}; set mask_token_id"
@@ -171,6 +158,19 @@ def _vocab_size(config: Any, family: DiffusionFamily) -> int:
     if not sizes:
         raise UsageError(f"the configuration of this {family.name} model has no vocab_size; set it in config.json")
     return max(sizes)
+
+
+def _block_length(config: Any, family: DiffusionFamily) -> int | None:
+    if family.block_key is None:
+        return None
+    value = _field(config, family.block_key)
+    if value is None:
+        return family.default_block_length
+    if type(value) is not int or value < 1:
+        raise UsageError(
+            f"config.{family.block_key} is {value!r}; it must be the number of tokens in a block, at least 1"
+        )
+    return value
 
 
 def _checked_mask_id(value: Any, source: str, vocab_size: int) -> int:
@@ -189,20 +189,5 @@ def _key(model_type: str) -> str:
     return model_type.casefold()
 
 
-# LLaDA and LLaDA-1.5 share model_type "llada". MMaDA is the LLaDA network under model_type "mmada" with image tokens
-# appended to the vocabulary; the mask token keeps its id. Text corruption never produces an image token.
-register_family(DiffusionFamily("llada", ("llada", "mmada"), default_mask_token_id=126336))
-# LLaDA-MoE's official files say model_type "llada" too, but their vocabulary and mask token are others: 156895 as in
-# inclusionAI/dInfer and in the sampling code of the model card.
-register_family(
-    DiffusionFamily(
-        "llada-moe",
-        ("lladamoe",),
-        default_mask_token_id=156895,
-        shared_types=("llada",),
-        marks=("num_experts",),
-    )
-)
-register_family(
-    DiffusionFamily("dream", ("Dream",), keep_first=True, keep_last=True, logit_shift=1, default_mask_token_id=151666)
-)
+for _family in FAMILIES:
+    register_family(_family)

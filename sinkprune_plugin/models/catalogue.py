@@ -1,6 +1,6 @@
-"""The one list of native models, for all code that registers, serves or names them.
+"""The one list of native models, for all code that registers, corrupts, serves, prunes or names them.
 
-It holds names, and imports the objects only when asked: registration begins within ``import torch``, when no
+It holds facts and names, and imports the classes only when asked: registration begins within ``import torch``, when no
 class can be imported yet.
 """
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-__all__ = ["ARCHITECTURES", "NATIVE_MODELS", "Experts", "NativeModel", "Units"]
+from sinkprune_plugin.models.diffusion_family import DiffusionFamily
+
+__all__ = ["ARCHITECTURES", "FAMILIES", "NATIVE_MODELS", "Experts", "NativeModel", "Units"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class NativeModel:
     """One ``model_type`` and the classes that go with it. Places are ``module:class``.
 
     :param model_type: as in config.json
-    :param family: name of its :class:`~sinkprune_plugin.diffusion.DiffusionFamily`
+    :param family: how it is corrupted, and what its attention sees
+    :param models: names of published models, for the documentation
     :param config: place of the configuration, within this folder
     :param model: place of the class with the vocabulary projection, within this folder
     :param architectures: names of the model's class in config.json; all mean the same class
@@ -65,7 +68,8 @@ class NativeModel:
     """
 
     model_type: str
-    family: str
+    family: DiffusionFamily
+    models: str
     config: str
     model: str
     architectures: tuple[str, ...]
@@ -99,7 +103,7 @@ _LLADA_UNITS = Units(
     key_value_rows=("k_proj", "v_proj"),
     head_columns="attn_out",
 )
-_DREAM_UNITS = Units(
+_QWEN_UNITS = Units(
     channel_rows=("mlp.gate_proj", "mlp.up_proj"),
     channel_columns="mlp.down_proj",
     head_rows="self_attn.q_proj",
@@ -107,10 +111,28 @@ _DREAM_UNITS = Units(
     head_columns="self_attn.o_proj",
 )
 
+_LLADA = DiffusionFamily("llada", ("llada", "mmada"), default_mask_token_id=126336)
+# LLaDA-MoE's official files say model_type "llada" too, but their vocabulary and mask token are others: 156895 as in
+# inclusionAI/dInfer and in the sampling code of the model card.
+_LLADA_MOE = DiffusionFamily(
+    "llada-moe", ("lladamoe",), default_mask_token_id=156895, shared_types=("llada",), marks=("num_experts",)
+)
+_DREAM = DiffusionFamily(
+    "dream", ("Dream",), keep_first=True, keep_last=True, logit_shift=1, default_mask_token_id=151666
+)
+_NEMOTRON_LABS = DiffusionFamily(
+    "nemotron_labs",
+    ("nemotron_labs_diffusion",),
+    default_mask_token_id=100,
+    context="causal",
+    block_key="block_size",
+)
+
 NATIVE_MODELS = (
     NativeModel(
         model_type="llada",
-        family="llada",
+        family=_LLADA,
+        models="LLaDA, LLaDA-1.5",
         config="llada.configuration_llada:LLaDAConfig",
         model="llada.modeling_llada:LLaDAModelLM",
         architectures=("LLaDAModelLM",),
@@ -118,8 +140,11 @@ NATIVE_MODELS = (
         units=_LLADA_UNITS,
     ),
     NativeModel(
+        # The LLaDA network with image tokens appended to the vocabulary; the mask token keeps its id. Text corruption
+        # never produces an image token.
         model_type="mmada",
-        family="llada",
+        family=_LLADA,
+        models="MMaDA (text)",
         config="llada.configuration_llada:MMaDAConfig",
         model="llada.modeling_llada:MMaDAModelLM",
         # The spelling of the official checkpoints, and that of the class which transformers writes.
@@ -130,7 +155,8 @@ NATIVE_MODELS = (
     NativeModel(
         # Official files say "llada" (LLaDAConfig hands them on), those that name the type say this.
         model_type="lladamoe",
-        family="llada-moe",
+        family=_LLADA_MOE,
+        models="LLaDA-MoE",
         config="llada_moe.configuration_llada_moe:LLaDAMoEConfig",
         model="llada_moe.modeling_llada_moe:LLaDAMoEModelLM",
         architectures=("LLaDAMoEModelLM", "LLaDAMoEModel"),
@@ -139,16 +165,30 @@ NATIVE_MODELS = (
     ),
     NativeModel(
         model_type="Dream",
-        family="dream",
+        family=_DREAM,
+        models="Dream, DiffuCoder",
         config="dream.configuration_dream:DreamConfig",
         model="dream.modeling_dream:DreamModel",
         architectures=("DreamModel",),
         vllm_model="dream:DreamModel",
         # The official files name a Python file; LLaDA's tokenizer.json is complete.
         tokenizer="dream.tokenization_dream:DreamTokenizer",
-        units=_DREAM_UNITS,
+        units=_QWEN_UNITS,
+    ),
+    NativeModel(
+        model_type="nemotron_labs_diffusion",
+        family=_NEMOTRON_LABS,
+        models="Nemotron-Labs-Diffusion 3B, 8B, 14B",
+        config="nemotron_labs.configuration_nemotron_labs:NemotronLabsDiffusionConfig",
+        model="nemotron_labs.modeling_nemotron_labs:NemotronLabsDiffusionModel",
+        architectures=("NemotronLabsDiffusionModel",),
+        vllm_model="nemotron_labs:NemotronLabsDiffusionModel",
+        units=_QWEN_UNITS,
     ),
 )
+
+FAMILIES = tuple({native.family.name: native.family for native in NATIVE_MODELS}.values())
+"""The families of the native models, each once."""
 
 ARCHITECTURES = {name: native.vllm_model for native in NATIVE_MODELS for name in native.architectures}
 """Class name in config.json → place of the vLLM class, as in :attr:`NativeModel.vllm_model`."""

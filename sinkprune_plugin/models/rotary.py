@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from sinkprune_plugin.models.yarn import YarnScaling
+
 __all__ = ["RotaryTables", "apply_rotary"]
 
 
@@ -17,13 +19,15 @@ class RotaryTables(nn.Module):
     :param head_dim: width of one attention head, even
     :param theta: base of the frequencies
     :param full_precision: tables in float32; otherwise in the dtype of the hidden states
+    :param yarn: scaling of the frequencies for long contexts, if there is one
     """
 
-    def __init__(self, head_dim: int, theta: float, *, full_precision: bool) -> None:
+    def __init__(self, head_dim: int, theta: float, *, full_precision: bool, yarn: YarnScaling | None = None) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.theta = theta
         self.full_precision = full_precision
+        self.yarn = yarn
 
     def forward(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None = None
@@ -40,10 +44,15 @@ class RotaryTables(nn.Module):
         # Angles reach thousands of radians: bfloat16 would lose whole turns.
         exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
         frequency = 1.0 / self.theta**exponent
+        if self.yarn is not None:
+            frequency = self.yarn.frequencies(frequency, self.theta)
         angle = position_ids.to(device=device, dtype=torch.float32)[:, None, :, None] * frequency
         angle = torch.cat((angle, angle), dim=-1)
         dtype = torch.float32 if self.full_precision else hidden_states.dtype
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        if self.yarn is None:
+            return angle.cos().to(dtype), angle.sin().to(dtype)
+        factor = self.yarn.attention_factor
+        return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

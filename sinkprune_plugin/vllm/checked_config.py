@@ -18,8 +18,10 @@ def check_config(vllm_config: Any) -> Any:
     """
     config = vllm_config.model_config.hf_config
     checked = copy.copy(config)
-    # vLLM writes the rotary frequencies into every configuration a second time; type default adds nothing.
-    if (getattr(checked, "rope_parameters", None) or {}).get("rope_type") == "default":
+    # vLLM writes the rotary frequencies into every configuration a second time; type default adds nothing to those
+    # that have them in a field of their own.
+    own = hasattr(checked, "rope_theta")
+    if own and (getattr(checked, "rope_parameters", None) or {}).get("rope_type") == "default":
         checked.rope_parameters = None
     checked.check_supported()
     check_shares(checked, vllm_config.parallel_config.tensor_parallel_size)

@@ -1,4 +1,4 @@
-"""Layers of the decoders of LLaDA and Dream as vLLM modules.
+"""Layers of the decoders of LLaDA, Dream and others as vLLM modules.
 
 The mathematics is that of :mod:`sinkprune_plugin.models`. Whether attention looks in both directions is not decided
 here: the model state tells the attention backend in each step.
@@ -19,6 +19,8 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.sizes_in_config import BlockSizes
+from sinkprune_plugin.models.yarn import YarnScaling
+from sinkprune_plugin.vllm.architectures.yarn import yarn_rotary
 
 __all__ = ["BlockLinears", "RotaryAttention", "gated_activation", "make_norm"]
 
@@ -148,10 +150,20 @@ class RotaryAttention(Attention):
     :param theta: base of the rotary frequencies
     :param full_precision: rotate in float32 whatever the model's dtype
     :param prefix: the module's full name
+    :param yarn: scaling of the frequencies, if there is one
+    :param query_scaling: beta and step of a scale of the queries by position, 1 + beta · ln(1 + ⌊position / step⌋)
     """
 
     def __init__(
-        self, vllm_config: VllmConfig, qkv: QKVParallelLinear, *, theta: float, full_precision: bool, prefix: str
+        self,
+        vllm_config: VllmConfig,
+        qkv: QKVParallelLinear,
+        *,
+        theta: float,
+        full_precision: bool,
+        prefix: str,
+        yarn: YarnScaling | None = None,
+        query_scaling: tuple[float, int] | None = None,
     ) -> None:
         super().__init__(
             qkv.num_heads,
@@ -165,13 +177,20 @@ class RotaryAttention(Attention):
         self.widths = [qkv.num_heads * qkv.head_size, *[qkv.num_kv_heads * qkv.head_size] * 2]
         self.full_precision = full_precision
         model_config = vllm_config.model_config
-        # Shared by all layers: vLLM keeps one table for each set of arguments.
-        self.rotary = get_rope(
-            qkv.head_size,
-            max_position=max(model_config.max_model_len, model_config.hf_config.max_position_embeddings),
-            rope_parameters={"rope_type": "default", "rope_theta": theta},
-            dtype=torch.float32 if full_precision else torch.get_default_dtype(),
+        longest = max(model_config.max_model_len, model_config.hf_config.max_position_embeddings)
+        dtype = torch.float32 if full_precision else torch.get_default_dtype()
+        # Shared by all layers: vLLM keeps one table for each set of arguments, and so do we.
+        self.rotary: nn.Module = (
+            get_rope(
+                qkv.head_size,
+                max_position=longest,
+                rope_parameters={"rope_type": "default", "rope_theta": theta},
+                dtype=dtype,
+            )
+            if yarn is None
+            else yarn_rotary(qkv.head_size, longest, theta, yarn, dtype)
         )
+        self.query_scaling = query_scaling
 
     def attend(self, positions: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
         """Attention of one layer.
@@ -187,4 +206,8 @@ class RotaryAttention(Attention):
             q, k = rotated_q.to(v.dtype), rotated_k.to(v.dtype)
         else:
             q, k = self.rotary(positions, q, k)
+        if self.query_scaling is not None:
+            beta, step = self.query_scaling
+            scale = 1 + beta * torch.log(1 + torch.floor(positions.float() / step))
+            q = q * scale[:, None].to(q.dtype)
         return self(q, k, v)
