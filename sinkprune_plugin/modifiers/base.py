@@ -1,35 +1,25 @@
-"""What the sink-aware modifiers share: fields, validation, lifecycle, and the way from sinks to written weights."""
+"""What the modifiers that prune Linears share: statistics of their inputs, and the way from these to new weights."""
 
-import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from compressed_tensors.offload import align_module_device, disable_onloading, get_execution_device
-from llmcompressor.core import Event, State
+from compressed_tensors.offload import align_module_device, get_execution_device
+from llmcompressor.core import State
 from llmcompressor.utils.metric_logging import CompressionLogger
 from loguru import logger
 from pydantic import PrivateAttr
 
-from sinkprune_plugin.diffusion import resolve_diffusion
-from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.block_sparsities import in_text, resolve_blocks
-from sinkprune_plugin.modifiers.calibration import CalibrationBatch, calibration_context, collect_batches
-from sinkprune_plugin.modifiers.fields import SinkAwareFields
-from sinkprune_plugin.modifiers.finite_check import FiniteCheck
-from sinkprune_plugin.modifiers.hidden_states import check_room
+from sinkprune_plugin.modifiers.calibrating_base import CalibratingModifierBase
 from sinkprune_plugin.modifiers.input_observer import InputObserver
 from sinkprune_plugin.modifiers.kept_zeros import KeptZeros
 from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, PassEngine, Watch
 from sinkprune_plugin.modifiers.recipe_order import blocks_at_its_turn, later_modifiers
-from sinkprune_plugin.modifiers.run_estimate import RunEstimate, SweepPlan, brought_in_bytes, hidden_state_bytes
-from sinkprune_plugin.modifiers.saving import choose_save_format
-from sinkprune_plugin.modifiers.sink_sweep import SinkTally, sweep_attention
+from sinkprune_plugin.modifiers.run_estimate import SweepPlan
 from sinkprune_plugin.modifiers.targets import PruningTarget, require_prunable_dtype, resolve_targets, solving_cost
-from sinkprune_plugin.modifiers.trajectory import CorruptionSource, TrajectoryCorruption, corrupted_passes
-from sinkprune_plugin.sinks import soft_sink_mask, transient_sink_mask
 
 __all__ = ["SinkAwareModifierBase"]
 
@@ -37,12 +27,8 @@ __all__ = ["SinkAwareModifierBase"]
 Solver = Callable[[torch.Tensor, float], tuple[torch.Tensor, float | None]]
 
 
-class SinkAwareModifierBase(SinkAwareFields):
-    """Abstract base of the sink-aware modifiers.
-
-    The calibration of a diffusion LM is not one pass over clean data but passes over corrupted data at several
-    timesteps, with the sinks known only after the last layer. So the modifier tells the pipeline that it needs no data
-    pass and runs its own passes at calibration start, over the loader in ``state.data.calib``.
+class SinkAwareModifierBase(CalibratingModifierBase):
+    """Abstract base of the modifiers that prune Linears.
 
     Fields: see :class:`SinkAwareFields`.
     """
@@ -50,39 +36,25 @@ class SinkAwareModifierBase(SinkAwareFields):
     # Whether zeros in the weights are the result, which later modifiers must leave alone.
     _leaves_zeros: ClassVar[bool] = True
 
-    _targets: list[PruningTarget] = PrivateAttr(default_factory=list)
-    _blocks: torch.nn.ModuleList = PrivateAttr()
-    _batches: list[CalibrationBatch] = PrivateAttr(default_factory=list)
-    _corruption: CorruptionSource | None = PrivateAttr(default=None)
-    _tally: SinkTally = PrivateAttr()
     _kept_zeros: KeptZeros = PrivateAttr()
-    _finite: FiniteCheck = PrivateAttr(default_factory=FiniteCheck)
     _zeros: int = PrivateAttr(default=0)
     _weights: int = PrivateAttr(default=0)
-    _done: bool = PrivateAttr(default=False)
     _block_sparsities: list[float] | None = PrivateAttr(default=None)
 
     # ---- lifecycle
 
-    def on_initialize(self, state: State, **_kwargs: Any) -> bool:
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check everything that can be checked before the first pass.
 
         :param state: session state with the model and, in ``data.calib``, the calibration loader
         :return: True
         :raises UsageError: if the model, the targets or the data don't fit
         """
-        model = state.model
-        distributed.use_own_device()
         self._kept_zeros = KeptZeros(type(self).__name__, later_modifiers(self) if self._leaves_zeros else [])
-        if self._corruption is None:
-            spec = resolve_diffusion(model.config, mask_token_id=self.mask_token_id)
-            self._corruption = TrajectoryCorruption(spec, self.seed, self.noise_eps)
-        self._find_targets(model)
+        super().on_initialize(state, **kwargs)
         for target in self._targets:
             require_prunable_dtype(target)
             self._structure.check_columns(target.name, target.module.in_features)
-        if state.data.calib is None:
-            collect_batches(None)
         if self.sparsity is not None:
             blocks = blocks_at_its_turn(self, len(self._blocks))
             left = [target for target in self._targets if target.block is None or target.block < blocks]
@@ -92,82 +64,10 @@ class SinkAwareModifierBase(SinkAwareFields):
             self._block_sparsities = values
         return True
 
-    def on_calibration_start(self, state: State, event: Event, **_kwargs: Any) -> None:  # noqa: ARG002
-        """Run all calibration passes and prune.
-
-        :param state: session state
-        :param event: the event that started calibration
-        :raises UsageError: if the data is unusable, attention can't be observed, a target is never reached,
-            activations aren't finite, or the hidden states don't fit
-        """
-        if self._done:
-            return
-        started = time.monotonic()
-        # An earlier modifier of the recipe may have removed blocks.
-        self._find_targets(state.model)
-        self._batches = collect_batches(state.data.calib, self.seed)
-        self._tally = SinkTally(self.sink_persistence)
-        engine = PassEngine(
-            state.model, self._blocks, hidden_states=self.hidden_states, progress=distributed.rank() == 0
-        )
-        tokens = sum(batch.input_ids.numel() for batch in self._batches)
-        estimate = self.estimate(state.model, len(self._batches), tokens)
-        logger.info(f"{type(self).__name__}: {estimate}")
-        self._check_room(state.model, estimate)
-        try:
-            with calibration_context(state.model):
-                self._calibrate_and_prune(engine)
-        finally:
-            self.remove_hooks()
-        self._done = True
-        self._log_summary(time.monotonic() - started)
-        self._batches = []
-
-    def estimate(self, model: torch.nn.Module, num_batches: int, tokens: int) -> RunEstimate:
-        """What a calibration will take; nothing is run, so the model may be on the meta device.
-
-        :param model: model to prune
-        :param num_batches: batches of samples
-        :param tokens: tokens of all samples, padding included
-        :return: the estimate
-        :raises UsageError: if the targets don't fit the model
-        """
-        if not self._targets:
-            self._find_targets(model)
-        clean = SweepPlan(num_batches, tokens)
-        noisy = SweepPlan(num_batches * len(self._grid), tokens * len(self._grid))
-        sweeps = self._sweeps(clean, noisy)
-        # Only the sizes of weights are read, which must not onload them.
-        with disable_onloading():
-            return RunEstimate(
-                sweeps,
-                len(self._blocks),
-                hidden_bytes=hidden_state_bytes(model, max(sweep.tokens * sweep.streams for sweep in sweeps)),
-                statistics_bytes=self._statistics_bytes(noisy),
-                brought_in_bytes=brought_in_bytes(model, self._blocks, len(sweeps)),
-            )
-
-    def _check_room(self, model: torch.nn.Module, estimate: RunEstimate) -> None:  # noqa: ARG002
-        # Before the first pass.
-        check_room(estimate.hidden_bytes, self.hidden_states)
-
-    def on_finalize(self, state: State, **_kwargs: Any) -> bool:
-        """Drop hooks and references, and settle what saving the model will write.
-
-        :param state: session state
-        :return: True
-        :raises UsageError: if calibration never started, so that nothing was pruned
-        """
-        self.remove_hooks()
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """See :class:`CalibratingModifierBase`; zeros that later modifiers filled are reported."""
         self._kept_zeros.finish()
-        if not self._done:
-            raise UsageError(
-                f"{type(self).__name__} pruned nothing because the pipeline never started calibration; run it through "
-                "oneshot() with the default pipeline"
-            )
-        self._targets = []
-        choose_save_format(state.model, self.save_format)
-        return True
+        return super().on_finalize(state, **kwargs)
 
     def _find_targets(self, model: torch.nn.Module) -> None:
         """Set the Linears to prune and the decoder blocks; refuses a model that has none."""
@@ -185,23 +85,6 @@ class SinkAwareModifierBase(SinkAwareFields):
         logger.info(f"{type(self).__name__}: sparsity by block {in_text(values)} ({note})")
 
     # ---- for the subclasses
-
-    @abstractmethod
-    def _calibrate_and_prune(self, engine: PassEngine) -> None:
-        """Find the sinks, gather statistics and prune every target."""
-
-    @abstractmethod
-    def _sweeps(self, clean: SweepPlan, noisy: SweepPlan) -> tuple[SweepPlan, ...]:
-        """What :meth:`_calibrate_and_prune` will do.
-
-        :param clean: one sweep of the clean samples
-        :param noisy: one sweep of the samples at every timestep
-        :return: the sweeps, in order
-        """
-
-    @abstractmethod
-    def _statistics_bytes(self, noisy: SweepPlan) -> int:
-        """Most bytes of statistics that are held at once, on the device."""
 
     @abstractmethod
     def _observe(self, leader: str, x: torch.Tensor, each: CalibrationPass) -> None:
@@ -230,36 +113,6 @@ class SinkAwareModifierBase(SinkAwareFields):
         :return: function from a weight (rows, C) and a sparsity to the pruned weight in the same dtype, and its loss
             if there is one
         """
-
-    # ---- sinks
-
-    def _find_sinks(
-        self, engine: PassEngine, passes: Sequence[CalibrationPass], watch: Watch | None = None
-    ) -> list[torch.Tensor]:
-        """Sinks of the unpruned model for every batch and timestep.
-
-        :param engine: the engine
-        :param passes: the corrupted passes, all timesteps of a batch one after the other
-        :param watch: context that is entered around each pass
-        :return: one (B, S, T) float32 mask for each batch, 0 where ``sink_scope`` spares the position
-        """
-        with distributed.failing_together():
-            masses = sweep_attention(
-                engine, passes, len(passes) * len(self._blocks), title=self._title("finding sinks"), watch=watch
-            )
-        masks = []
-        for index, batch in enumerate(self._batches):
-            steps = masses[index * len(self._grid) : (index + 1) * len(self._grid)]
-            mass = torch.stack(steps, dim=1)
-            valid = None if batch.valid is None else batch.valid.to(mass.device).unsqueeze(1).expand_as(mass)
-            mask = soft_sink_mask(mass, self.sink_std, self.sink_alpha, valid=valid)
-            self._tally.add(mask)
-            masks.append(transient_sink_mask(mask, self.sink_persistence) if self.sink_scope == "transient" else mask)
-        return masks
-
-    def _corrupted_passes(self) -> list[CalibrationPass]:
-        assert self._corruption is not None  # set in on_initialize
-        return corrupted_passes(self._batches, self._grid, self._corruption)
 
     # ---- statistics, solver, weights
 
@@ -381,11 +234,6 @@ class SinkAwareModifierBase(SinkAwareFields):
             return self._block_sparsities[target.block]
         assert isinstance(self.sparsity, float)
         return self.sparsity
-
-    # ---- pieces
-
-    def _title(self, what: str) -> str:
-        return f"{type(self).__name__}: {what}"
 
     def _log_summary(self, seconds: float) -> None:
         self._tally.reduce()
