@@ -174,4 +174,6 @@ def test_the_named_recipes_exist():
         "sink_aware_admm_recovered",
         "wanda_as_published",
         "sparsegpt_as_published",
+        "aimer",
+        "reap_trajectory",
     }

@@ -5,9 +5,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from sinkprune_plugin.commands.prune_experts import modifier_without_data, prune_experts_in_files
 from sinkprune_plugin.devices import choose_device
 from sinkprune_plugin.errors import UsageError, reason_of, short
-from sinkprune_plugin.inputs import load_inputs
+from sinkprune_plugin.inputs import check_checkpoint, load_inputs
 from sinkprune_plugin.loading import load_model
 from sinkprune_plugin.modifiers import check_llmcompressor, load_oneshot_flow
 from sinkprune_plugin.outputs import check_output, new_directory
@@ -56,6 +57,13 @@ def prune(
     check_llmcompressor()
     text, content = read_recipe(recipe)
     place = choose_device(device)
+    with quiet_steps(verbose=verbose) as steps:
+        modifier = modifier_without_data(recipe, text, content)
+        if modifier is not None and _in_files(model_name):
+            prune_experts_in_files(
+                model_name, modifier, recipe, text, content, output, overwrite=overwrite, steps=steps
+            )
+            return output
     # Around all of the work: a result whose place was taken meanwhile is kept next to it.
     with quiet_steps(verbose=verbose) as steps, new_directory(output, overwrite=overwrite) as directory:
         with steps.step(f"loading {model_name}"):
@@ -107,6 +115,13 @@ def prune(
                     seed=seed,
                 )
     return output
+
+
+def _in_files(model_name: str) -> bool:
+    from sinkprune_plugin.modifiers.expert_files import has_expert_files
+
+    check_checkpoint(model_name)
+    return has_expert_files(model_name)
 
 
 def _check_saving(model: Any, tokenizer: Any, directory: Path) -> None:

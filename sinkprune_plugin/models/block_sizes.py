@@ -21,6 +21,7 @@ __all__ = [
     "BlockSizes",
     "block_sizes",
     "keep_units",
+    "record_dense",
     "remove_blocks",
     "require_own_weights",
     "settle_config",
@@ -134,7 +135,7 @@ def keep_units(
     _refuse_shared(model, changed, where)
     for part, linear in changed.items():
         _refuse_unknown(linear, f"{where}.{part}", cut=part in columns)
-    _record_dense(model)
+    record_dense(model)
     for part, linear in changed.items():
         _slice(linear, rows.get(part), columns.get(part))
     settle_config(model)
@@ -155,7 +156,7 @@ def remove_blocks(model: nn.Module, indices: Collection[int]) -> None:
     gone = set(indices)
     if len(gone) == len(blocks):
         raise UsageError(f"all {len(blocks)} blocks of {name} would be removed; keep at least one")
-    _record_dense(model)
+    record_dense(model)
     # The list itself stays: forward and hooks hold on to it.
     for index in sorted(gone, reverse=True):
         del blocks[index]
@@ -271,7 +272,11 @@ def _slice(linear: nn.Linear, rows: torch.Tensor | None, columns: torch.Tensor |
     linear.out_features, linear.in_features = (int(size) for size in linear.weight.shape)
 
 
-def _record_dense(model: nn.Module) -> None:
+def record_dense(model: nn.Module) -> None:
+    """Note in the configuration how many parameters the model has, before units leave it for the first time.
+
+    :param model: the model
+    """
     if getattr(model.config, DENSE_KEY, None) is None:
         setattr(model.config, DENSE_KEY, sum(tensor.numel() for tensor in _distinct_parameters(model)))
 

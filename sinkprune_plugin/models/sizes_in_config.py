@@ -12,6 +12,7 @@ from sinkprune_plugin.errors import UsageError, short
 
 __all__ = [
     "DENSE_KEY",
+    "KEPT_KEY",
     "SIZES_KEY",
     "BlockSizes",
     "check_head_width",
@@ -27,13 +28,14 @@ __all__ = [
 
 SIZES_KEY = "sinkprune_block_sizes"
 DENSE_KEY = "sinkprune_dense_parameters"
+KEPT_KEY = "sinkprune_kept_experts"
 
 # Options that say how large a model is or mark a formula, of all families whose blocks may have sizes of their own.
 _OPTIONS = frozenset(
     {
         *("n_layers", "n_heads", "n_kv_heads", "multi_query_attention", "mlp_hidden_size", "block_type"),
         *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_act"),
-        *("num_experts", "head_dim", SIZES_KEY, DENSE_KEY),
+        *("num_experts", "head_dim", SIZES_KEY, DENSE_KEY, KEPT_KEY),
     }
 )
 

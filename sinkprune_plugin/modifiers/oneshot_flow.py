@@ -63,25 +63,27 @@ def _line(record: Any) -> str:
     return "{message}\n" if record["level"].name == "INFO" else record["level"].name.lower() + ": {message}\n"
 
 
-def check_recipe(file: Path, content: dict[str, Any]) -> None:
+def check_recipe(file: Path, content: dict[str, Any]) -> Recipe:
     """Check that llm-compressor can run a recipe.
 
     :param file: where it is, for messages
     :param content: what it holds
+    :return: the recipe with its modifiers
     :raises UsageError: if its modifiers can't be made, or it has none
     :raises pydantic.ValidationError: if a modifier refuses its fields
     """
     try:
-        modifiers = Recipe.from_dict(content).modifiers
+        recipe = Recipe.from_dict(content)
     except (UsageError, ValidationError):
         raise
     except Exception as error:
         # Of any type: llm-compressor doesn't check the types of a recipe's parts.
         raise UsageError(f"recipe {file} can't be read by llm-compressor: {short(reason_of(error), 300)}") from error
-    if not modifiers:
+    if not recipe.modifiers:
         raise UsageError(
             f"recipe {file} has no modifiers; name them below a key in _modifiers, and that below one in _stage"
         )
+    return recipe
 
 
 def calibration_dataset(windows: torch.Tensor) -> Any:

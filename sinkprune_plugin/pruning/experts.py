@@ -114,7 +114,7 @@ class WeightSums:
         return math.sqrt(self.square)
 
 
-def weight_importance(sums: Sequence[WeightSums], score: ExpertScore) -> torch.Tensor:
+def weight_importance(sums: Sequence[WeightSums], score: ExpertScore, where: str) -> torch.Tensor:
     """Importance of a layer's experts by their weights alone.
 
     ``aimer``: AIMER (arXiv 2603.18492) takes mean |w| over the root mean square of all weights of an expert together
@@ -123,13 +123,16 @@ def weight_importance(sums: Sequence[WeightSums], score: ExpertScore) -> torch.T
 
     :param sums: one for each expert
     :param score: ``aimer`` or ``magnitude``
+    :param where: name of the layer, for messages
     :return: (E,) float64, the higher the more important
     :raises UsageError: if weights aren't finite
     """
     values = [-each.aimer if score == "aimer" else each.norm for each in sums]
     for number, value in enumerate(values):
         if not math.isfinite(value):
-            raise UsageError(f"weights of expert {number} aren't finite, so it has no score; repair the checkpoint")
+            raise UsageError(
+                f"weights of expert {number} of {where} aren't finite, so it has no score; repair the checkpoint"
+            )
     return torch.tensor(values, dtype=torch.float64)
 
 

@@ -50,7 +50,7 @@ def test_aimer_is_the_mean_absolute_weight_over_the_root_mean_square_of_all_matr
 
 def test_aimer_removes_the_experts_whose_weights_are_most_alike():
     """As the published code does: "higher AIMER scores are treated as more removable"."""
-    importance = weight_importance([sums_of(matrices) for matrices in make_experts(4)], "aimer")
+    importance = weight_importance([sums_of(matrices) for matrices in make_experts(4)], "aimer", "layer 0")
     # Later experts have heavier tails, hence lower scores.
     assert importance.tolist() == sorted(importance.tolist())
     assert experts_that_stay(importance, 2) == [2, 3]
@@ -62,14 +62,14 @@ def test_aimer_does_not_change_with_scale_and_magnitude_does():
     half = [matrix / 2 for matrix in matrices]
     assert sums_of(half).aimer == pytest.approx(sums_of(matrices).aimer, rel=1e-6)
     assert sums_of(half).norm == pytest.approx(sums_of(matrices).norm / 2, rel=1e-6)
-    assert weight_importance([sums_of(half), sums_of(matrices)], "magnitude").argmin() == 0
+    assert weight_importance([sums_of(half), sums_of(matrices)], "magnitude", "layer 0").argmin() == 0
 
 
 def test_an_expert_of_zeros_scores_zero_and_one_with_nan_is_refused():
     assert sums_of([torch.zeros(3, 3)]).aimer == 0.0
     broken = [sums_of([torch.ones(2, 2)]), sums_of([torch.tensor([[1.0, math.nan]])])]
-    with pytest.raises(UsageError, match="weights of expert 1 aren't finite"):
-        weight_importance(broken, "aimer")
+    with pytest.raises(UsageError, match="weights of expert 1 of layer 0 aren't finite"):
+        weight_importance(broken, "aimer", "layer 0")
 
 
 def test_reap_is_the_mean_over_routed_tokens_of_router_weight_times_output_norm():
