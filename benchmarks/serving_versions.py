@@ -5,8 +5,9 @@
 
 Each version has an engine in a process of its own, which stays up. They take turns on the same batch, in an order that
 is drawn for each pair, so that a busy machine is equally busy for both; what counts is the ratio within a pair. Times
-are those of the process on its processor, with one thread: they leave out what other processes take. A third side is a
-plain torch loop, as in benchmarks/serving.py. Prints a table and ends in one JSON line.
+are those of the process on its processor, with one thread: they leave out what other processes take. ``--wall`` takes
+wall time with all cores instead, for a quiet machine. A third side is a plain torch loop, as in benchmarks/serving.py.
+Prints a table and ends in one JSON line.
 """
 
 import argparse
@@ -38,15 +39,17 @@ class Side:
     :param root: its checkout
     :param model: directory of the checkpoint
     :param work: lengths and steps
+    :param wall: measure wall time with all cores
     """
 
-    def __init__(self, root: Path, model: Path, work: tuple[int, ...]) -> None:
+    def __init__(self, root: Path, model: Path, work: tuple[int, ...], wall: bool) -> None:
+        threads = len(os.sched_getaffinity(0)) if wall else 1
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", str(model), *map(str, work)],
+            [sys.executable, __file__, "--worker", str(model), "wall" if wall else "processor", *map(str, work)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"},
+            env=_environment(root) | {"OMP_NUM_THREADS": str(threads)},
         )
         self.ask({})
 
@@ -68,8 +71,17 @@ class Side:
         self._process.wait(60)
 
 
-def worker(model: Path, work: tuple[int, ...]) -> None:
-    """Answer commands: {batch, cache} runs a batch, cache "plain" the plain loop."""
+def _environment(root: Path) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(root), "VLLM_LOGGING_LEVEL": "ERROR"}
+
+
+def worker(model: Path, now: Callable[[], float], work: tuple[int, ...]) -> None:
+    """Answer commands: {batch, cache} runs a batch, cache "plain" the plain loop.
+
+    :param model: directory of the checkpoint
+    :param now: the clock, in seconds
+    :param work: lengths and steps
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import serving
     import torch
@@ -81,7 +93,7 @@ def worker(model: Path, work: tuple[int, ...]) -> None:
     prepare()
     prompt_length, gen_length, block_length, steps = work
     engine = serving.make_engine(model, "float32", 2 * (prompt_length + gen_length))
-    clock = serving.ForwardClock(serving.engine_model(engine), time.process_time)
+    clock = serving.ForwardClock(serving.engine_model(engine), now)
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     mask = resolve_diffusion(plain.config).mask_token_id
     for line in sys.stdin:
@@ -96,28 +108,35 @@ def worker(model: Path, work: tuple[int, ...]) -> None:
             )
             if command["cache"] == "plain":
                 run = functools.partial(serving.plain_loop, plain, prompts, gen_length, block_length, steps, mask)
-            started, begun = time.perf_counter(), time.process_time()
+            started = now()
             tokens = run()
-            seconds, wall = time.process_time() - begun, time.perf_counter() - started
+            seconds = now() - started
             tokens = tokens.tolist() if isinstance(tokens, torch.Tensor) else tokens
             own = (seconds - clock.seconds) / max(clock.calls, 1)
-            answer = {"seconds": seconds, "wall": wall, "steps": clock.calls, "own_ms": 1000 * own, "tokens": tokens}
+            answer = {"seconds": seconds, "steps": clock.calls, "own_ms": 1000 * own, "tokens": tokens}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
 
-def measure(
-    older: Path, name: str, model: Path, batch: int, caches: list[str], pairs: int, plain_loop: bool, bar: Any
-) -> list[dict[str, Any]]:
+def measure(older: Path, name: str, model: Path, options: argparse.Namespace, bar: Any) -> list[dict[str, Any]]:
     """Pairs of one model.
 
+    :param older: checkout of the older version
+    :param name: of the model, a key of :data:`WORK`
+    :param model: directory of the checkpoint
+    :param options: batch, caches, pairs, wall, no_plain
     :return: rows for the table
     """
-    sides = {"older": Side(older, model, WORK[name]), "this": Side(ROOT, model, WORK[name])}
+    batch, caches, pairs, plain_loop = options.batch, options.caches, options.pairs, not options.no_plain
+    sides = {side: Side(root, model, WORK[name], options.wall) for side, root in (("older", older), ("this", ROOT))}
     rng, rows = random.Random(0), []
     try:
         for cache in caches:
-            ratios, own, plain, same = [], {side: [] for side in sides}, [], True  # type: ignore[var-annotated]
+            ratios: list[float] = []
+            plain: list[float] = []
+            own: dict[str, list[float]] = {side: [] for side in sides}
+            steps: dict[str, list[float]] = {side: [] for side in sides}
+            same = True
             for number in range(pairs + 1):
                 order = [*sides, "plain"] if plain_loop else list(sides)
                 rng.shuffle(order)
@@ -137,6 +156,7 @@ def measure(
                     plain.append(found["plain"]["seconds"] / found["this"]["seconds"])
                 for side in sides:
                     own[side].append(found[side]["own_ms"])
+                    steps[side].append(1000 * found[side]["seconds"] / found[side]["steps"])
             rows.append(
                 {
                     "model": name,
@@ -149,6 +169,7 @@ def measure(
                     "own_ms_older": round(statistics.median(own["older"]), 2),
                     "own_ms": round(statistics.median(own["this"]), 2),
                     "own_ms_fastest": round(min(own["this"]), 2),
+                    "step_ms_older": round(statistics.median(steps["older"]), 1),
                     "same_tokens": same,
                 }
             )
@@ -160,7 +181,13 @@ def measure(
 
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
-        worker(Path(sys.argv[2]), tuple(map(int, sys.argv[3:])))
+        now = time.perf_counter if sys.argv[3] == "wall" else time.process_time
+        worker(Path(sys.argv[2]), now, tuple(map(int, sys.argv[4:])))
+        return
+    if sys.argv[1:2] == ["--write"]:
+        import serving
+
+        serving.random_llada(Path(sys.argv[2]))
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("older", type=Path, help="checkout of the older version")
@@ -169,27 +196,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--no-plain", action="store_true", help="leave out the plain loop, which takes longest")
+    parser.add_argument("--wall", action="store_true", help="wall time with all cores; the machine must be quiet")
     arguments = parser.parse_args()
-    import serving
-
+    older = arguments.older.resolve()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        serving.random_llada(Path(folder, "random"))
+        # By the older version, which may not know all that this one writes into a config.
+        command = [sys.executable, __file__, "--write", str(Path(folder, "random"))]
+        subprocess.run(command, check=True, env=_environment(older))
         models = {"tiny": ROOT / "sinkprune_plugin" / "assets" / "tiny-llada", "100M": Path(folder, "random")}
         chosen = [arguments.only] if arguments.only else list(models)
         total = len(chosen) * len(arguments.caches) * (arguments.pairs + 1)
         with tqdm(total=total, desc="pairs", disable=None) as bar:
             for name in chosen:
-                rows += measure(
-                    arguments.older.resolve(),
-                    name,
-                    models[name],
-                    arguments.batch,
-                    arguments.caches,
-                    arguments.pairs,
-                    not arguments.no_plain,
-                    bar,
-                )
+                rows += measure(older, name, models[name], arguments, bar)
     table = Table(title="this version in times of the older one, and its own time per step", title_justify="left")
     for heading in rows[0]:
         table.add_column(heading.replace("_", " "), justify="right")
