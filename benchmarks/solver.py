@@ -93,15 +93,20 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=3072, help="columns of the weight (default 3072)")
     parser.add_argument("--windows", type=int, default=4, help="calibration windows of 256 tokens (default 4)")
     parser.add_argument("--large", action="store_true", help="the model of 500 million parameters as well")
+    parser.add_argument("--only", choices=["solver", "tiny-llada", "500 M"], help="one workload instead of all")
     options = parser.parse_args()
     logger.remove()
 
+    chosen = {options.only} if options.only else {"solver", "tiny-llada"} | ({"500 M"} if options.large else set())
     generator = torch.Generator().manual_seed(1)
-    cells = {f"solver, {options.rows} × {options.columns}": solver_runs(options.rows, options.columns)}
-    windows = torch.randint(3, 2048, (options.windows, 256), generator=generator)
-    cells["tiny-llada"] = calibration_runs(EMBEDDED_MODEL, windows)
+    cells = {}
+    if "solver" in chosen:
+        cells[f"solver, {options.rows} × {options.columns}"] = solver_runs(options.rows, options.columns)
+    if "tiny-llada" in chosen:
+        windows = torch.randint(3, 2048, (options.windows, 256), generator=generator)
+        cells["tiny-llada"] = calibration_runs(EMBEDDED_MODEL, windows)
     with tempfile.TemporaryDirectory() as directory:
-        if options.large:
+        if "500 M" in chosen:
             make_model(directory, BLOCKS)
             windows = torch.randint(3, SIZE["vocab_size"], (options.windows, 256), generator=generator)
             # Two timesteps, as in benchmarks/offload.py.
