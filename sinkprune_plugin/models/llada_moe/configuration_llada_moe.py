@@ -93,7 +93,7 @@ class LLaDAMoEConfig(PreTrainedConfig):
     rope_theta: float = 50000.0
     # A field of its own hides transformers' property of this name, which would rename the key when saving.
     rope_scaling: dict[str, Any] | None = None
-    partial_rotary_factor: float | None = None
+    partial_rotary_factor: float | None = 1.0
     attention_dropout: float = 0.0
     tie_word_embeddings: bool = False
     shared_expert_intermediate_size: int | None = None

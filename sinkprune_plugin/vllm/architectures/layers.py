@@ -192,14 +192,21 @@ class RotaryAttention(Attention):
         )
         self.query_scaling = query_scaling
 
-    def attend(self, positions: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, positions: torch.Tensor, qkv: torch.Tensor, head_norms: tuple[nn.Module, nn.Module] | None = None
+    ) -> torch.Tensor:
         """Attention of one layer.
 
         :param positions: (T,) int64
         :param qkv: (T, (heads + 2 · kv_heads) · head_dim) of this rank
+        :param head_norms: normalise each head of the queries and of the keys before rotation; None: nothing does
         :return: (T, heads · head_dim)
         """
         q, k, v = qkv.split(self.widths, dim=-1)
+        if head_norms is not None:
+            q_norm, k_norm = head_norms
+            q = q_norm(q.unflatten(-1, (-1, self.head_size))).flatten(-2)
+            k = k_norm(k.unflatten(-1, (-1, self.head_size))).flatten(-2)
         if self.full_precision:
             # Angles are exact in float32 only; the official LLaDA code rotates in it and casts back.
             rotated_q, rotated_k = self.rotary(positions, q.float(), k.float())

@@ -1,0 +1,249 @@
+"""Make a tiny LLaDA-MoE out of a dense LLaDA and train it further, in the official checkpoint layout.
+
+    python tools/train_tiny_llada_moe.py TRAIN_TEXT --output DIR [--validation TEST_TEXT]
+
+TRAIN_TEXT is a .txt or .jsonl file; the dense model is sinkprune_plugin/assets/tiny-llada unless --dense names another.
+With the defaults (0.8 M tokens; 5.2 M parameters, of which each token passes 2.6 M) this takes ten minutes on one core.
+
+Everything but the MLPs is taken as it is. The channels of each MLP are dealt to the experts at random, as in LLaMA-MoE
+(arXiv 2406.16554): half of the experts partition them one way, half another way. The down projections are scaled by how
+much a token's experts lack of the whole MLP at first. Training adds the load balancing loss of the Switch Transformer
+(arXiv 2101.03961, equation 4) to the cross-entropy over corrupted tokens.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from train_tiny_llada import NOISE_EPS, PRECISIONS, batch_loss, build_optimizer, learning_rate
+from train_tiny_llada import Settings as TrainingSettings
+
+from sinkprune_plugin._version import __version__
+from sinkprune_plugin.diffusion import elbo_perplexity, resolve_diffusion
+from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
+from sinkprune_plugin.models.experts import Router, Routing
+from sinkprune_plugin.models.llada import LLaDAModelLM
+from sinkprune_plugin.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
+from sinkprune_plugin.outputs import new_directory
+from sinkprune_plugin.text_windows import read_documents, token_stream, token_windows
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that determines the weights, besides the dense model and the text."""
+
+    steps: int = 200
+    batch_size: int = 16
+    seq_len: int = 256
+    experts: int = 8
+    chosen: int = 2
+    learning_rate: float = 1e-3
+    warmup: int = 40
+    balance: float = 0.01
+    precision: str = "float32"
+    seed: int = 0
+
+
+HELP = {
+    "steps": "optimiser steps",
+    "batch_size": "sequences per step",
+    "seq_len": "tokens in a sequence",
+    "experts": "experts in each layer; half of them must divide the channels of the dense MLP",
+    "chosen": "experts that each token goes to",
+    "learning_rate": "peak of the cosine",
+    "warmup": "steps of linear warm-up",
+    "balance": "factor of the load balancing loss",
+    "precision": "float32, or bfloat16 for autocast; weights stay float32 while training",
+    "seed": "of the experts' channels, the router, the batches and the noise",
+}
+
+
+def upcycle(dense: LLaDAModelLM, windows: torch.Tensor, settings: Settings) -> LLaDAMoEModelLM:
+    """A LLaDA-MoE that computes about what the dense model does.
+
+    :param dense: a LLaDA without biases
+    :param windows: (B, T) token ids, to set the norms of queries and keys by
+    :param settings: numbers of experts
+    :return: the model in float32
+    :raises UsageError: if the channels can't be dealt to the experts
+    """
+    old = dense.config
+    half, rest = divmod(settings.experts, 2)
+    if rest or half < 1 or old.intermediate_size % half or not 1 <= settings.chosen <= settings.experts:
+        raise UsageError(
+            f"{old.intermediate_size} channels can't be dealt to --experts {settings.experts} with --chosen "
+            f"{settings.chosen}; give an even number of experts, half of which divides the channels"
+        )
+    config = LLaDAMoEConfig(
+        vocab_size=old.embedding_rows,
+        hidden_size=old.d_model,
+        dense_intermediate_size=old.intermediate_size,
+        expert_intermediate_size=old.intermediate_size // half,
+        num_hidden_layers=old.n_layers,
+        num_attention_heads=old.n_heads,
+        num_key_value_heads=old.num_key_value_heads,
+        num_experts=settings.experts,
+        num_experts_per_tok=settings.chosen,
+        moe_layer_freq=[1] * old.n_layers,
+        max_position_embeddings=old.max_sequence_length,
+        rms_norm_eps=old.rms_norm_eps,
+        rope_theta=old.rope_theta,
+        tie_word_embeddings=old.weight_tying,
+        mask_token_id=old.mask_token_id,
+        bos_token_id=old.bos_token_id,
+        eos_token_id=old.eos_token_id,
+        pad_token_id=old.pad_token_id,
+    )
+    model, generator = LLaDAMoEModelLM(config), torch.Generator().manual_seed(settings.seed)
+    states = dense(windows, output_hidden_states=True).hidden_states
+    source: Any = dense.model.transformer
+    target: Any = model.model
+    head: Any = model.lm_head
+    with torch.no_grad():
+        target.embed_tokens.weight.copy_(source.wte.weight)
+        target.norm.weight.copy_(source.ln_f.weight)
+        head.weight.copy_(source.ff_out.weight)
+        for layer, block, state in zip(target.layers, source.blocks, states, strict=False):
+            layer.input_layernorm.load_state_dict(block.attn_norm.state_dict())
+            layer.post_attention_layernorm.load_state_dict(block.ff_norm.state_dict())
+            attention, normed = layer.self_attn, block.attn_norm(state)
+            for name, old_name in (("q_proj",) * 2, ("k_proj",) * 2, ("v_proj",) * 2, ("o_proj", "attn_out")):
+                getattr(attention, name).load_state_dict(getattr(block, old_name).state_dict())
+            for norm, projection in ((attention.q_norm, block.q_proj), (attention.k_norm, block.k_proj)):
+                # Multiplies back what the norm divides by, on average.
+                norm.weight.fill_(projection(normed).square().mean().sqrt())
+            _deal(layer.mlp, block, settings, generator)
+    return model
+
+
+def _deal(mlp: Any, block: Any, settings: Settings, generator: torch.Generator) -> None:
+    gate, up, down = (block.get_submodule(name).weight for name in ("ff_proj", "up_proj", "ff_out"))
+    share = mlp.experts[0].gate_proj.out_features
+    channels = torch.cat([torch.randperm(len(gate), generator=generator) for _ in range(2)]).split(share)
+    # Each of the chosen experts has a weight of about 1 / experts, and together they hold this part of the channels.
+    scale = settings.experts * len(gate) / (settings.chosen * share)
+    for expert, part in zip(mlp.experts, channels, strict=True):
+        expert.gate_proj.weight.copy_(gate[part])
+        expert.up_proj.weight.copy_(up[part])
+        expert.down_proj.weight.copy_(down[:, part] * scale)
+    mlp.gate.weight.normal_(0, 0.1 * mlp.gate.weight.shape[1] ** -0.5, generator=generator)
+
+
+@contextmanager
+def balance_losses(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Within it, a list that gets experts · Σ share of the choices · mean probability of each router's calls."""
+    losses: list[torch.Tensor] = []
+
+    def add(router: Router, arguments: tuple[torch.Tensor], routing: Routing) -> None:
+        probability = torch.nn.functional.linear(arguments[0], router.weight).softmax(-1, dtype=torch.float32)
+        chosen = routing.experts.flatten().bincount(minlength=router.experts) / routing.experts.numel()
+        losses.append(router.experts * (chosen * probability.mean(0)).sum())
+
+    hooks = [module.register_forward_hook(add) for module in model.modules() if isinstance(module, Router)]
+    try:
+        yield losses
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def train(model: LLaDAMoEModelLM, stream: torch.Tensor, settings: Settings) -> list[float]:
+    """Train in place.
+
+    :param stream: (N,) token ids of the text
+    :return: cross-entropy of each step, in nats
+    """
+    shared = {name: value for name, value in asdict(settings).items() if hasattr(TrainingSettings, name)}
+    recipe = TrainingSettings(**shared, first_ceiling=1.0)
+    spec, optimizer, losses = resolve_diffusion(model.config), build_optimizer(model, recipe), []
+    progress = tqdm(range(settings.steps), desc="training", unit="step")
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe)
+        with balance_losses(model) as balance:
+            loss = batch_loss(model, stream, step, recipe, spec)
+        optimizer.zero_grad(set_to_none=True)
+        (loss + settings.balance * torch.stack(balance).mean()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        progress.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
+    return losses
+
+
+def run(args: argparse.Namespace, settings: Settings) -> None:
+    """Make, train, measure and save the model."""
+    started = time.monotonic()
+    dense, tokenizer = load_model(args.dense, torch.float32), load_tokenizer(args.dense)
+    if not isinstance(dense, LLaDAModelLM):
+        raise UsageError(f"{args.dense} is a {type(dense).__name__}; --dense takes a LLaDA")
+    documents = read_documents(args.text)
+    stream = torch.tensor(token_stream(documents, tokenizer), dtype=torch.int64)
+    if len(stream) <= settings.seq_len:
+        raise UsageError(f"the text has {len(stream)} tokens; --seq-len {settings.seq_len} needs more")
+    with new_directory(args.output, overwrite=False) as directory:
+        count = min(8, len(stream) // settings.seq_len)
+        model = upcycle(dense, stream[: count * settings.seq_len].view(count, -1), settings).train()
+        losses = train(model, stream, settings)
+        model.eval().to(torch.bfloat16)
+        provenance: dict[str, Any] = {
+            "made_by": "tools/train_tiny_llada_moe.py",
+            "versions": {"sinkprune_plugin": __version__, "torch": torch.__version__},
+            "text": args.text.name,
+            "settings": asdict(settings),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "mean_loss_of_last_steps": sum(losses[-50:]) / len(losses[-50:]),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        if args.validation is not None:
+            # The rounded weights in float32, as the checkpoint will be loaded for evaluation.
+            windows = token_windows(read_documents(args.validation), tokenizer, settings.seq_len, 64)
+            estimate = elbo_perplexity(model.float(), windows, num_samples=8, noise_eps=NOISE_EPS, progress=True)
+            model.to(torch.bfloat16)
+            provenance["validation"] = {"text": args.validation.name, "windows": len(windows), **asdict(estimate)}
+            print(
+                f"ELBO perplexity on {args.validation.name}: {estimate.perplexity:.1f} ± {estimate.standard_error:.1f}"
+            )
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        (directory / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+    print(f"saved {args.output}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns 0 on success, 2 on wrong input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=Path, help="training text, .txt or .jsonl")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint directory to write; must not exist yet")
+    parser.add_argument("--dense", default=EMBEDDED_MODEL, help="LLaDA to start from (default: tiny-llada)")
+    parser.add_argument("--validation", type=Path, help="text to measure the ELBO perplexity on at the end")
+    for field in fields(Settings):
+        flag, kind = "--" + field.name.replace("_", "-"), type(field.default)
+        parser.add_argument(
+            flag, type=kind, default=field.default, help=f"{HELP[field.name]} (default {field.default})"
+        )
+    args = parser.parse_args(arguments)
+    for name in ("steps", "batch_size", "seq_len"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    if args.precision not in PRECISIONS:
+        parser.error(f"--precision is {args.precision}; it must be one of {', '.join(PRECISIONS)}")
+    try:
+        run(args, Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)}))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
