@@ -61,7 +61,7 @@ class NativeModel:
     :param config: place of the configuration, within this folder
     :param model: place of the class with the vocabulary projection, within this folder
     :param architectures: names of the model's class in config.json; all mean the same class
-    :param vllm_model: place of the vLLM class, within the folder of vLLM models
+    :param vllm_model: place of the vLLM class, within the folder of vLLM models; None: vLLM doesn't serve it
     :param tokenizer: place of the tokenizer within this folder, if those of transformers can't read the official files
     :param units: what can be removed from its decoder blocks; None: nothing, and structured pruning refuses the model
     :param experts: where its experts are; None: it has none
@@ -73,7 +73,7 @@ class NativeModel:
     config: str
     model: str
     architectures: tuple[str, ...]
-    vllm_model: str
+    vllm_model: str | None
     tokenizer: str | None = None
     units: Units | None = None
     experts: Experts | None = None
@@ -120,6 +120,14 @@ _LLADA_MOE = DiffusionFamily(
 _DREAM = DiffusionFamily(
     "dream", ("Dream",), keep_first=True, keep_last=True, logit_shift=1, default_mask_token_id=151666
 )
+_LLADA2 = DiffusionFamily(
+    "llada2",
+    ("llada2_moe",),
+    default_mask_token_id=156895,
+    context="block_causal",
+    # Not in official files: there the caller of the sampler gives it, 32 in all published examples.
+    block_key="block_length",
+)
 _NEMOTRON_LABS = DiffusionFamily(
     "nemotron_labs",
     ("nemotron_labs_diffusion",),
@@ -164,6 +172,17 @@ NATIVE_MODELS = (
         experts=Experts(),
     ),
     NativeModel(
+        model_type="llada2_moe",
+        family=_LLADA2,
+        models="LLaDA2.0, 2.1 and 2.2 mini and flash",
+        config="llada2_moe.configuration_llada2_moe:LLaDA2MoeConfig",
+        model="llada2_moe.modeling_llada2_moe:LLaDA2MoeModelLM",
+        architectures=("LLaDA2MoeModelLM",),
+        # Its context is to be read block by block, which our scheduler doesn't do.
+        vllm_model=None,
+        experts=Experts(rows=("mlp.gate.weight", "mlp.gate.expert_bias")),
+    ),
+    NativeModel(
         model_type="Dream",
         family=_DREAM,
         models="Dream, DiffuCoder",
@@ -190,5 +209,10 @@ NATIVE_MODELS = (
 FAMILIES = tuple({native.family.name: native.family for native in NATIVE_MODELS}.values())
 """The families of the native models, each once."""
 
-ARCHITECTURES = {name: native.vllm_model for native in NATIVE_MODELS for name in native.architectures}
+ARCHITECTURES = {
+    name: native.vllm_model
+    for native in NATIVE_MODELS
+    for name in native.architectures
+    if native.vllm_model is not None
+}
 """Class name in config.json → place of the vLLM class, as in :attr:`NativeModel.vllm_model`."""

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-__all__ = ["GatedMLP", "MoELayer", "Router", "Routing", "SoftmaxRouter"]
+__all__ = ["GatedMLP", "GroupedSigmoidRouter", "MoELayer", "Router", "Routing", "SoftmaxRouter"]
 
 
 class Routing(NamedTuple):
     """Which experts each token chose; N tokens, k experts each.
 
-    :param weights: (N, k), factors of the experts' outputs, in the dtype of the hidden states
+    :param weights: (N, k), factors of the experts' outputs, in the dtype that the router's model gives them
     :param experts: (N, k) int64, numbers of the experts, different ones in each row
     """
 
@@ -74,6 +74,48 @@ class SoftmaxRouter(Router):
         return Routing(weights.to(hidden_states.dtype), experts)
 
 
+class GroupedSigmoidRouter(Router):
+    """DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2): sigmoid scores, and a bias that only the choice sees.
+
+    Experts stand in groups of neighbours. A group's rank is the sum of its two best biased scores; a token goes to the
+    best experts of its best groups, and their scores without the bias are scaled to a sum of ``scaling``.
+
+    :param width: of the hidden states
+    :param experts: how many there are, a multiple of ``groups`` with at least two in each
+    :param chosen: how many each token goes to
+    :param groups: groups of experts
+    :param chosen_groups: groups that a token's experts are in
+    :param scaling: sum of a token's weights; the factor of its one score where only one expert is chosen
+    """
+
+    expert_bias: torch.Tensor
+
+    def __init__(
+        self, width: int, experts: int, chosen: int, *, groups: int, chosen_groups: int, scaling: float
+    ) -> None:
+        super().__init__(width, experts, chosen)
+        self.groups = groups
+        self.chosen_groups = chosen_groups
+        self.scaling = scaling
+        self.register_buffer("expert_bias", torch.zeros(experts, dtype=torch.float32))
+
+    def forward(self, hidden_states: torch.Tensor) -> Routing:
+        """Choose the experts of each token, in float32.
+
+        :param hidden_states: (N, d)
+        :return: the choice, its weights in float32
+        """
+        scores = nn.functional.linear(hidden_states.float(), self.weight.float()).sigmoid()
+        biased = (scores + self.expert_bias.float()).unflatten(-1, (self.groups, -1))
+        best = biased.topk(2, dim=-1).values.sum(-1).topk(self.chosen_groups, dim=-1).indices
+        others = torch.ones_like(biased[..., 0], dtype=torch.bool).scatter(-1, best, False)
+        experts = biased.masked_fill(others[..., None], float("-inf")).flatten(-2).topk(self.chosen, dim=-1).indices
+        weights = scores.gather(-1, experts)
+        if self.chosen > 1:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return Routing(weights * self.scaling, experts)
+
+
 class GatedMLP(nn.Module):
     """down_proj(act(gate_proj x) ⊙ up_proj x).
 
@@ -95,25 +137,31 @@ class GatedMLP(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """Σ weight · expert(x) over the experts that the router chooses for x.
+    """Σ weight · expert(x) over the experts that the router chooses for x, and the shared expert(x) if there is one.
 
     :param router: chooses among as many experts as are made
     :param width: of the hidden states
     :param channels: of each expert
     :param activation: transformers' name of the activation
+    :param shared_channels: of the expert that all tokens go to; 0: there is none
     """
 
-    def __init__(self, router: Router, width: int, channels: int, activation: str) -> None:
+    def __init__(self, router: Router, width: int, channels: int, activation: str, *, shared_channels: int = 0) -> None:
         super().__init__()
         self.gate = router
+        self.shared_experts = GatedMLP(width, shared_channels, activation) if shared_channels else None
         self.experts = nn.ModuleList(GatedMLP(width, channels, activation) for _ in range(router.experts))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map (B, T, width) to (B, T, width)."""
         tokens = hidden_states.flatten(0, -2)
         routing: Routing = self.gate(tokens)
-        output = torch.zeros_like(tokens)
+        # Summed in the dtype of the weights, as in the official code of both families.
+        output = torch.zeros_like(tokens, dtype=torch.promote_types(tokens.dtype, routing.weights.dtype))
         for number in routing.experts.unique().tolist():
             rows, weights = routing.rows_of(number)
             output.index_add_(0, rows, (self.experts[number](tokens[rows]) * weights[:, None]).to(output.dtype))
+        output = output.to(tokens.dtype)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(tokens)
         return output.view_as(hidden_states)

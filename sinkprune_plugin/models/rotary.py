@@ -60,13 +60,16 @@ class RotaryTables(nn.Module):
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate queries or keys; element i pairs with element i + head_dim / 2 (not with its neighbour).
+    """Rotate queries or keys; element i pairs with element i + R / 2 (not with its neighbour).
 
     :param x: (B, H, T, head_dim)
-    :param cos: (B or 1, 1, T, head_dim), in the dtype to rotate in
+    :param cos: (B or 1, 1, T, R), in the dtype to rotate in; elements of a head beyond its first R stay as they are
     :param sin: as ``cos``
     :return: (B, H, T, head_dim) in the dtype of ``x``
     """
+    if cos.shape[-1] < x.shape[-1]:
+        turned, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+        return torch.cat((apply_rotary(turned, cos, sin), rest), dim=-1)
     y = x.to(cos.dtype)
     first, second = y.chunk(2, dim=-1)
     return (y * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)

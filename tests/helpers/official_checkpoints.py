@@ -14,6 +14,7 @@ __all__ = [
     "write_dream",
     "write_dream_tokenizer",
     "write_llada",
+    "write_llada2",
     "write_llada_moe",
     "write_nemotron_labs",
 ]
@@ -266,6 +267,98 @@ def write_llada_moe(folder, *, seed=0, drop=(), experts=None, **changes):
     for key in drop:
         del config[key]
     return _write(folder, config, shapes, ("configuration_lladamoe.py", "modeling_lladamoe.py"), seed)
+
+
+def write_llada2(folder, *, seed=0, drop=(), **changes):
+    """Write a LLaDA2 checkpoint; ``changes`` are keys of config.json, ``drop`` are keys to leave out."""
+    config = {
+        "architectures": ["LLaDA2MoeModelLM"],
+        "attention_dropout": 0.0,
+        "auto_map": {
+            "AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
+            "AutoModel": "modeling_llada2_moe.LLaDA2MoeModel",
+            "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM",
+        },
+        "block_length": 4,
+        "embedding_dropout": 0.0,
+        "eos_token_id": 1,
+        "first_k_dense_replace": 1,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "hidden_size": 64,
+        "initializer_range": 0.02,
+        "intermediate_size": 72,
+        "mask_token_id": 2,
+        "max_position_embeddings": 128,
+        "model_type": "llada2_moe",
+        "moe_intermediate_size": 32,
+        "moe_router_enable_expert_bias": True,
+        "n_group": 4,
+        "norm_head": False,
+        "norm_topk_prob": True,
+        "num_attention_heads": 4,
+        "num_experts": 12,
+        "num_experts_per_tok": 3,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "num_shared_experts": 1,
+        "output_dropout": 0.0,
+        "pad_token_id": 1,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 600000,
+        "routed_scaling_factor": 2.5,
+        "score_function": "sigmoid",
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "topk_group": 2,
+        "transformers_version": "4.53.2",
+        "use_bias": False,
+        "use_cache": False,
+        "use_qk_norm": True,
+        "use_qkv_bias": False,
+        "use_sliding_window": False,
+        "vocab_size": 88,
+    }
+    config.update(changes)
+    width, head = config["hidden_size"], config["head_dim"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    shapes = {"model.word_embeddings.weight": (config["vocab_size"], width), "model.norm.weight": (width,)}
+
+    def mlp(name, channels):
+        shapes[f"{name}.gate_proj.weight"] = (channels, width)
+        shapes[f"{name}.up_proj.weight"] = (channels, width)
+        shapes[f"{name}.down_proj.weight"] = (width, channels)
+
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        rows = (heads + 2 * kv_heads) * head
+        shapes[f"{layer}.attention.query_key_value.weight"] = (rows, width)
+        shapes[f"{layer}.attention.dense.weight"] = (width, heads * head)
+        if config["use_qkv_bias"]:
+            shapes[f"{layer}.attention.query_key_value.bias"] = (rows,)
+        if config["use_bias"]:
+            shapes[f"{layer}.attention.dense.bias"] = (width,)
+        for norm in ("query_layernorm", "key_layernorm"):
+            shapes[f"{layer}.attention.{norm}.weight"] = (head,)
+        if i < config["first_k_dense_replace"]:
+            mlp(f"{layer}.mlp", config["intermediate_size"])
+        else:
+            shapes[f"{layer}.mlp.gate.weight"] = (config["num_experts"], width)
+            # Standard deviation 0.1, of the size of differences between the sigmoid scores: it changes choices.
+            shapes[f"{layer}.mlp.gate.expert_bias"] = (config["num_experts"],)
+            for j in range(config["num_experts"]):
+                mlp(f"{layer}.mlp.experts.{j}", config["moe_intermediate_size"])
+            if config["num_shared_experts"]:
+                mlp(f"{layer}.mlp.shared_experts", config["num_shared_experts"] * config["moe_intermediate_size"])
+        shapes[f"{layer}.input_layernorm.weight"] = (width,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (width,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], width)
+    for key in drop:
+        del config[key]
+    return _write(folder, config, shapes, ("configuration_llada2_moe.py", "modeling_llada2_moe.py"), seed)
 
 
 def write_dream_tokenizer(folder):
