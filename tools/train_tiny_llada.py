@@ -1,6 +1,6 @@
 """Train a tiny LLaDA from plain text, tokenizer included, and save it in the official checkpoint layout.
 
-    python tools/train_tiny_llada.py TRAIN_TEXT --output DIR [--validation TEST_TEXT]
+    python tools/train_tiny_llada.py TRAIN_TEXT --output DIR [--validation TEST_TEXT] [--block-length 32]
 
 TRAIN_TEXT is a .txt or .jsonl file. With the defaults (25 M tokens, 3.4 M parameters) this takes some two hours
 on one CPU core and gives a model like sinkprune_plugin/assets/tiny-llada. The state is saved every
@@ -10,6 +10,9 @@ been interrupted; --stop-after deliberately does only a part of the work.
 What makes training work at this size: fan-in initialisation of the projections (with LLaDA's constant 0.02 the loss
 stays on the unigram plateau for thousands of steps), the unweighted cross-entropy over corrupted tokens instead of the
 ELBO's 1 / p_mask, and a mask ratio that is at most 0.5 at first and reaches 1.0 halfway.
+
+With --block-length the model is a Nemotron-Labs-Diffusion, which denoises blocks of so many tokens after a causal
+context.
 """
 
 import argparse
@@ -31,16 +34,29 @@ from transformers import PreTrainedTokenizerFast
 
 from sinkprune_plugin._version import __version__
 from sinkprune_plugin.devices import choose_device, input_device
-from sinkprune_plugin.diffusion import DiffusionSpec, corrupt, elbo_perplexity, resolve_diffusion, sample_generator
+from sinkprune_plugin.diffusion import (
+    DiffusionSpec,
+    check_block_window,
+    corrupt,
+    elbo_perplexity,
+    noisy_inputs,
+    predict_noisy,
+    resolve_diffusion,
+    sample_generator,
+)
 from sinkprune_plugin.diffusion.training_loss import negative_log_likelihood, predictions
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.llada import LLaDAConfig, LLaDAModelLM
+from sinkprune_plugin.models.nemotron_labs import NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel
 from sinkprune_plugin.outputs import new_directory
 from sinkprune_plugin.text_windows import read_documents, token_stream, token_windows
 
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
 NOISE_EPS = 1e-3
 PRECISIONS = ("float32", "bfloat16")
+
+
+TinyModel = LLaDAModelLM | NemotronLabsDiffusionModel
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,7 @@ class Settings:
     weight_decay: float = 0.1
     precision: str = "float32"
     first_ceiling: float = 0.5
+    block_length: int = 0
     seed: int = 0
 
 
@@ -80,6 +97,8 @@ HELP = {
     "precision": "float32, or bfloat16 for autocast, which took two thirds of the time on a CPU with AVX512-BF16; "
     "weights stay float32 while training",
     "first_ceiling": "largest t at the start, in (0, 1]; it rises to 1 over the first half",
+    "block_length": "tokens in a block of a model that denoises block by block; must divide seq-len at least twice; 0: "
+    "none, all tokens see all",
     "seed": "of the weights, the batches and the noise",
 }
 
@@ -104,13 +123,45 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def build_model(settings: Settings) -> LLaDAModelLM:
-    """A LLaDA with fan-in initialisation, the same weights for the same settings."""
+def build_model(settings: Settings) -> TinyModel:
+    """A model with fan-in initialisation, the same weights for the same settings."""
     if settings.width % settings.heads:
         raise UsageError(f"width {settings.width} is not divisible by {settings.heads} heads; change one of them")
     kv_heads = settings.kv_heads or settings.heads
     if settings.heads % kv_heads:
         raise UsageError(f"{settings.heads} heads are not divisible by {kv_heads} kv-heads; change one of them")
+    model = _build_blocks(settings, kv_heads) if settings.block_length else _build_llada(settings, kv_heads)
+    generator = torch.Generator().manual_seed(settings.seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.normal_(0, module.in_features**-0.5, generator=generator)
+            elif isinstance(module, torch.nn.Embedding):
+                module.weight.normal_(0, 0.02, generator=generator)
+    return model
+
+
+def _build_blocks(settings: Settings, kv_heads: int) -> NemotronLabsDiffusionModel:
+    config = NemotronLabsDiffusionConfig(
+        hidden_size=settings.width,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=kv_heads,
+        head_dim=settings.width // settings.heads,
+        intermediate_size=settings.mlp_width,
+        vocab_size=settings.vocab_size,
+        max_position_embeddings=settings.seq_len,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        block_size=settings.block_length,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        mask_token_id=2,
+    )
+    return NemotronLabsDiffusionModel(config)
+
+
+def _build_llada(settings: Settings, kv_heads: int) -> LLaDAModelLM:
     config = LLaDAConfig(
         d_model=settings.width,
         n_layers=settings.layers,
@@ -126,15 +177,7 @@ def build_model(settings: Settings) -> LLaDAModelLM:
         pad_token_id=1,
         mask_token_id=2,
     )
-    model = LLaDAModelLM(config)
-    generator = torch.Generator().manual_seed(settings.seed)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.weight.normal_(0, module.in_features**-0.5, generator=generator)
-            elif isinstance(module, torch.nn.Embedding):
-                module.weight.normal_(0, 0.02, generator=generator)
-    return model
+    return LLaDAModelLM(config)
 
 
 def build_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -156,7 +199,7 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 
 def batch_loss(
-    model: LLaDAModelLM, stream: torch.Tensor, step: int, settings: Settings, spec: DiffusionSpec
+    model: TinyModel, stream: torch.Tensor, step: int, settings: Settings, spec: DiffusionSpec
 ) -> torch.Tensor:
     """Mean cross-entropy over the corrupted tokens of the step's batch."""
     # All of a step's randomness follows from seed and step, so that resuming needs no generator state.
@@ -168,9 +211,8 @@ def batch_loss(
     draws = torch.rand(settings.batch_size, generator=generator, dtype=torch.float64)
     timesteps = ceiling * (1 - (torch.arange(settings.batch_size) + draws) / settings.batch_size)
     noise = corrupt(clean, timesteps.tolist(), spec, noise_eps=NOISE_EPS, generators=[generator] * settings.batch_size)
-    noisy_ids = noise.noisy_ids.to(input_device(model))
-    with torch.autocast(noisy_ids.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-        logits = model(input_ids=noisy_ids).logits
+    with torch.autocast(input_device(model).type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        logits = predict_noisy(model, noisy_inputs(noise.noisy_ids, clean, spec), input_device(model))
     losses = negative_log_likelihood(predictions(logits, noise.corrupted, spec), clean[noise.corrupted])
     return losses.sum() / noise.corrupted.sum().clamp(min=1).item()
 
@@ -202,9 +244,7 @@ def load_checkpoint(path: Path, settings: Settings, digest: str) -> dict[str, An
     return state
 
 
-def save_model(
-    output: Path, model: LLaDAModelLM, tokenizer: PreTrainedTokenizerFast, provenance: dict[str, Any]
-) -> None:
+def save_model(output: Path, model: TinyModel, tokenizer: PreTrainedTokenizerFast, provenance: dict[str, Any]) -> None:
     """Write the checkpoint directory, whole or not at all."""
     with new_directory(output, overwrite=False) as directory:
         model.save_pretrained(directory)
@@ -238,6 +278,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
 
     model = build_model(settings).to(device).train()
     spec = resolve_diffusion(model.config)
+    check_block_window(settings.seq_len, spec)
     optimizer = build_optimizer(model, settings)
     losses: list[float] = []
     if state is not None:
@@ -281,7 +322,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
 def finish(
     args: argparse.Namespace,
     settings: Settings,
-    model: LLaDAModelLM,
+    model: TinyModel,
     tokenizer: PreTrainedTokenizerFast,
     losses: list[float],
     seconds: float,

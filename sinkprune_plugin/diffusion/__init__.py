@@ -24,6 +24,14 @@ from sinkprune_plugin.diffusion.likelihood import (
     perplexity_on,
     score_windows,
 )
+from sinkprune_plugin.diffusion.noisy_inputs import (
+    NoisyInputs,
+    check_block_window,
+    clean_inputs,
+    context_tokens,
+    noisy_inputs,
+    predict_noisy,
+)
 from sinkprune_plugin.diffusion.schedule import timestep_grid, timestep_weight
 from sinkprune_plugin.diffusion.training_loss import (
     TopPredictions,
@@ -40,9 +48,13 @@ __all__ = [
     "DiffusionSpec",
     "Likelihood",
     "LikelihoodOptions",
+    "NoisyInputs",
     "PerplexityEstimate",
     "RowScores",
     "TopPredictions",
+    "check_block_window",
+    "clean_inputs",
+    "context_tokens",
     "corrupt",
     "corruptible_positions",
     "divergence",
@@ -55,7 +67,9 @@ __all__ = [
     "masked_token_perplexity",
     "measure_likelihood",
     "negative_log_likelihood",
+    "noisy_inputs",
     "perplexity_on",
+    "predict_noisy",
     "predictions",
     "register_family",
     "resolve_diffusion",

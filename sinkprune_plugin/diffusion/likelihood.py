@@ -6,9 +6,13 @@ The negative ELBO of a window x of T tokens ("Large Language Diffusion Models", 
 
 and the perplexity is the exponential of its mean over tokens. t is stratified within each window, so that few samples
 cover all noise levels; the estimate stays unbiased.
+
+Of a model that denoises block by block it is the sum over blocks of the same expression, each given the clean blocks
+before it ("Block Diffusion", arXiv 2503.09573, equation 8). All blocks of a window share t: by linearity the
+expectation is the same as with one for each.
 """
 
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import torch
 from tqdm import tqdm
@@ -18,6 +22,7 @@ from sinkprune_plugin.diffusion.corruption import corrupt, corruptible_positions
 from sinkprune_plugin.diffusion.estimates import Likelihood, PerplexityEstimate, RowScores, estimate_likelihood
 from sinkprune_plugin.diffusion.evaluation_mode import evaluation_mode
 from sinkprune_plugin.diffusion.families import DiffusionSpec, resolve_diffusion
+from sinkprune_plugin.diffusion.noisy_inputs import check_block_window, noisy_inputs, predict_noisy
 from sinkprune_plugin.diffusion.training_loss import negative_log_likelihood, predictions
 from sinkprune_plugin.errors import UsageError
 
@@ -60,7 +65,8 @@ def measure_likelihood(
 
     Tokens that the family never corrupts (Dream's first and last) are conditioned on and not counted.
 
-    :param model: called as ``model(input_ids=…, attention_mask=…)``, returns an object with ``logits`` (B, T, V)
+    :param model: called as ``model(input_ids=…)``, with an ``attention_mask`` where there is padding; returns an object
+        with ``logits`` (B, T, V). One that denoises block by block: see :func:`predict_noisy`
     :param input_ids: (N, T) clean windows
     :param spec: the model's diffusion spec; None resolves it from ``model.config``
     :param num_samples: noise samples for each window, t stratified over them
@@ -117,6 +123,7 @@ def score_windows(
     spec = spec if spec is not None else resolve_diffusion(getattr(model, "config", None))
     if input_ids.dim() != 2 or input_ids.shape[0] == 0:
         raise UsageError(f"input_ids has shape {tuple(input_ids.shape)}; it must be (windows, tokens), not empty")
+    check_block_window(input_ids.shape[1], spec)
     if num_samples < 1:
         raise UsageError(f"num_samples is {num_samples}; it must be at least 1")
     clean = input_ids.to(device="cpu", dtype=torch.int64)
@@ -245,10 +252,8 @@ def _corrupted_nll(
     with evaluation_mode(model):
         for start in tqdm(starts, desc="perplexity", unit="batch", disable=None if progress else True):
             rows = slice(start, start + batch_size)
-            # No mask where there is no padding: attention without a mask is the faster kernel.
-            mask = None if valid is None else valid[rows].to(device=device, dtype=torch.int64)
-            output: Any = model(input_ids=noisy[rows].to(device), attention_mask=mask)
-            chosen = predictions(output.logits, corrupted[rows], spec)
+            inputs = noisy_inputs(noisy[rows], clean[rows], spec, None if valid is None else valid[rows])
+            chosen = predictions(predict_noisy(model, inputs, device), corrupted[rows], spec)
             nll = negative_log_likelihood(chosen, clean[rows][corrupted[rows]]).cpu().double()
             if not bool(nll.isfinite().all()):
                 raise UsageError(

@@ -32,7 +32,13 @@ from sinkprune_plugin.modifiers.recipe_order import earlier_modifiers, later_mod
 from sinkprune_plugin.modifiers.run_estimate import RunEstimate, SweepPlan, brought_in_bytes, hidden_state_bytes
 from sinkprune_plugin.modifiers.saving import choose_save_format
 from sinkprune_plugin.modifiers.targets import PruningTarget, resolve_targets
-from sinkprune_plugin.modifiers.trajectory import CorruptionSource, TrajectoryCorruption, corrupted_passes
+from sinkprune_plugin.modifiers.trajectory import (
+    CorruptionSource,
+    TrajectoryCorruption,
+    corrupted_passes,
+    spec_of,
+    window_copies,
+)
 
 __all__ = ["BlockwiseRecoveryModifier"]
 
@@ -235,7 +241,7 @@ class BlockwiseRecoveryModifier(Modifier):
         judging = options.held_out * (1 + options.evaluations) if options.held_out else 2
         sweep = SweepPlan(
             num_batches * len(self._grid),
-            tokens * len(self._grid),
+            tokens * len(self._grid) * window_copies(self._corruption),
             runs_per_block=2 + math.ceil(options.epochs * (1 - options.held_out) + judging),
             streams=2,
         )
@@ -286,7 +292,7 @@ class BlockwiseRecoveryModifier(Modifier):
 
     def _passes(self, state: State) -> list[CalibrationPass]:
         assert self._corruption is not None  # set in on_initialize
-        batches = deal_out(collect_batches(state.data.calib, self.seed))
+        batches = deal_out(collect_batches(state.data.calib, self.seed, spec_of(self._corruption)))
         passes = corrupted_passes(batches, self._grid, self._corruption)
         scales = [timestep_weight(timestep, self.timestep_weighting) for timestep in self._grid]
         return [replace(each, square_scale=scales[number % len(scales)]) for number, each in enumerate(passes)]
@@ -350,4 +356,4 @@ def _is_quantized(module: torch.nn.Module) -> bool:
 
 
 def _tokens(passes: Sequence[CalibrationPass]) -> int:
-    return sum(each.row_weights.numel() for each in passes)
+    return sum(each.row_weights[:, each.context :].numel() for each in passes)

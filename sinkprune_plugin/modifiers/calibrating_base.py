@@ -23,7 +23,13 @@ from sinkprune_plugin.modifiers.run_estimate import RunEstimate, SweepPlan, brou
 from sinkprune_plugin.modifiers.saving import choose_save_format
 from sinkprune_plugin.modifiers.sink_sweep import SinkTally, sweep_attention
 from sinkprune_plugin.modifiers.targets import PruningTarget
-from sinkprune_plugin.modifiers.trajectory import CorruptionSource, TrajectoryCorruption, corrupted_passes
+from sinkprune_plugin.modifiers.trajectory import (
+    CorruptionSource,
+    TrajectoryCorruption,
+    corrupted_passes,
+    spec_of,
+    window_copies,
+)
 from sinkprune_plugin.sinks import soft_sink_mask, transient_sink_mask
 
 __all__ = ["CalibratingModifierBase"]
@@ -80,7 +86,7 @@ class CalibratingModifierBase(SinkAwareFields):
         started = time.monotonic()
         # An earlier modifier of the recipe may have removed blocks.
         self._find_targets(state.model)
-        self._batches = collect_batches(state.data.calib, self.seed)
+        self._batches = collect_batches(state.data.calib, self.seed, spec_of(self._corruption))
         self._tally = SinkTally(self.sink_persistence)
         engine = PassEngine(
             state.model, self._blocks, hidden_states=self.hidden_states, progress=distributed.rank() == 0
@@ -109,8 +115,8 @@ class CalibratingModifierBase(SinkAwareFields):
         """
         if not self._targets:
             self._find_targets(model)
-        clean = SweepPlan(num_batches, tokens)
-        noisy = SweepPlan(num_batches * len(self._grid), tokens * len(self._grid))
+        clean, copies = SweepPlan(num_batches, tokens), window_copies(self._corruption)
+        noisy = SweepPlan(num_batches * len(self._grid), tokens * len(self._grid) * copies)
         sweeps = self._sweeps(clean, noisy)
         # Only the sizes of weights are read, which must not onload them.
         with disable_onloading():

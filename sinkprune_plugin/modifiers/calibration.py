@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from llmcompressor.utils.helpers import DisableQuantization, disable_cache, disable_hf_kernels, eval_context
 
+from sinkprune_plugin.diffusion import DiffusionSpec, check_block_window
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.sample_choice import SampleChoice
+from sinkprune_plugin.text_windows import MINIMUM_TOKENS
 
 __all__ = ["CalibrationBatch", "calibration_context", "collect_batches", "deal_out"]
 
@@ -34,22 +36,32 @@ class CalibrationBatch:
         return hashlib.blake2b(self.input_ids.numpy().tobytes(), digest_size=16).hexdigest()
 
 
-def collect_batches(dataloader: Iterable[Any] | None, seed: int = 0) -> list[CalibrationBatch]:
+def collect_batches(
+    dataloader: Iterable[Any] | None, seed: int = 0, spec: DiffusionSpec | None = None
+) -> list[CalibrationBatch]:
     """Read the calibration samples and split them over processes where all of them hold the same ones.
 
     :param dataloader: ``state.data.calib``: batches with ``input_ids`` (B, T) and perhaps ``attention_mask``
     :param seed: the recipe's ``seed``, which decides what a loader that shuffles yields
+    :param spec: the model's diffusion spec; samples for a model that denoises block by block are cut to whole blocks
     :return: this process's batches, without samples that are too short
-    :raises UsageError: if there is no data, all samples are too short or a process is left without samples
+    :raises UsageError: if there is no data, all samples are too short, a process is left without samples, or all are
+        windows of one length that the model's blocks don't divide
     """
     if dataloader is None:
         raise UsageError(
             "sink-aware pruning needs calibration data and got none; pass `dataset=` to oneshot() (text or input_ids)"
         )
-    choice = SampleChoice(seed)
+    block = None if spec is None else spec.block_length
+    choice = SampleChoice(seed, MINIMUM_TOKENS if block is None else 2 * block)
     read = (_read_batch(index, batch, choice) for index, batch in enumerate(choice.batches(dataloader)))
     batches = [batch for batch in read if len(batch.input_ids)]
     choice.report(sum(len(batch.input_ids) for batch in batches))
+    if spec is not None and block is not None:
+        lengths = {batch.input_ids.shape[1] for batch in batches}
+        if len(lengths) == 1 and all(batch.valid is None for batch in batches):
+            check_block_window(lengths.pop(), spec)
+        batches = [_whole_blocks(batch, block) for batch in batches]
     digests = distributed.gather_objects([batch.digest() for batch in batches])
     if len(digests) > 1 and all(other == digests[0] for other in digests):
         batches = batches[distributed.rank() :: distributed.world_size()]
@@ -59,6 +71,15 @@ def collect_batches(dataloader: Iterable[Any] | None, seed: int = 0) -> list[Cal
             "pass at least one sample for each process"
         )
     return batches
+
+
+def _whole_blocks(batch: CalibrationBatch, block: int) -> CalibrationBatch:
+    """Cut samples of different lengths to whole blocks, so that none ends with a part of one."""
+    valid = torch.ones_like(batch.input_ids, dtype=torch.bool) if batch.valid is None else batch.valid
+    valid = valid & (valid.cumsum(dim=1) <= valid.sum(dim=1, keepdim=True) // block * block)
+    end = int(valid.any(dim=0).nonzero()[-1]) + 1
+    input_ids, valid = batch.input_ids[:, :end], valid[:, :end]
+    return CalibrationBatch(batch.index, input_ids, None if bool(valid.all()) else valid)
 
 
 def deal_out(batches: list[CalibrationBatch]) -> list[CalibrationBatch]:

@@ -32,7 +32,7 @@ from sinkprune_plugin.modifiers.routing import RoutedLayer, find_routed_layers
 from sinkprune_plugin.modifiers.run_estimate import SweepPlan
 from sinkprune_plugin.modifiers.saving import chosen_save_format
 from sinkprune_plugin.modifiers.targets import PRUNABLE_DTYPES
-from sinkprune_plugin.modifiers.trajectory import clean_pass, without_sinks
+from sinkprune_plugin.modifiers.trajectory import clean_pass, spec_of, without_sinks
 from sinkprune_plugin.pruning.experts import RoutedSums, WeightSums, weight_importance
 
 __all__ = ["ExpertPruningModifier"]
@@ -159,7 +159,7 @@ class ExpertPruningModifier(ExpertFields):
 
     def _calibrate_and_prune(self, engine: PassEngine) -> None:
         if self.calibrate_on == "clean":
-            passes = [clean_pass(batch) for batch in self._batches]
+            passes = [clean_pass(batch, spec_of(self._corruption)) for batch in self._batches]
         else:
             noisy = self._corrupted_passes()
             passes = without_sinks(noisy, self._find_sinks(engine, noisy), self._grid, self.timestep_weighting)

@@ -17,7 +17,7 @@ from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, Pa
 from sinkprune_plugin.modifiers.replaced_forward import forward_replaced, linear_with
 from sinkprune_plugin.modifiers.run_estimate import SweepPlan, hessian_bytes
 from sinkprune_plugin.modifiers.targets import PruningTarget
-from sinkprune_plugin.modifiers.trajectory import clean_pass, without_sinks
+from sinkprune_plugin.modifiers.trajectory import clean_pass, spec_of, without_sinks
 from sinkprune_plugin.pruning.hessian import accumulate_drift, square_matrix
 from sinkprune_plugin.pruning.sparsegpt import accumulate_hessian
 
@@ -81,8 +81,10 @@ class HessianModifierBase(AllocatingModifierBase):
         if self.calibrate_on == "corrupted":
             passes = without_sinks(noisy, masks, self._grid, self.timestep_weighting)
         else:
+            spec = spec_of(self._corruption)
             passes = [
-                _weighted(clean_pass(batch), 1.0 - mask.mean(dim=1))
+                # Of noisy tokens, which come last: clean context before them is there for their sake.
+                _weighted(clean_pass(batch, spec), 1.0 - mask[..., -batch.input_ids.shape[1] :].mean(dim=1))
                 for batch, mask in zip(self._batches, masks, strict=True)
             ]
         self._samples = sum(distributed.gather_objects(sum(len(each.row_weights) for each in passes)))

@@ -31,12 +31,17 @@ class CalibrationPass:
     :param row_weights: (B, T) float32 token weights w in [0, 1], 0 on padding; any device
     :param square_scale: factor on the pass's sums of squares Σ (w x)²: the weight of its timestep
     :param source: where it comes from, for messages: "calibration batch 3"
+    :param valid: (B, T) bool, False on padding; None: there is none
+    :param context: clean tokens at the beginning, which only serve the noisy ones as context; the latter follow in the
+        order of the window
     """
 
     inputs: Mapping[str, torch.Tensor | None]
     row_weights: torch.Tensor
     square_scale: float = 1.0
     source: str = "a calibration pass"
+    valid: torch.Tensor | None = None
+    context: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:

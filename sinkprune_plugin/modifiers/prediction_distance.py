@@ -53,6 +53,11 @@ class ScoredPass:
         """Tokens of the pass, padding included: what its forward pass costs."""
         return self.masked.numel()
 
+    @property
+    def windows_tokens(self) -> int:
+        """Real tokens of its windows, each once."""
+        return int((self.each.row_weights[:, self.each.context :] > 0).sum())
+
 
 def scored_passes(
     batches: Sequence[CalibrationBatch],
@@ -156,7 +161,7 @@ class PredictionDistance:
 
             self._predict(chosen, install, compare)
             total = sum(losses)
-            count = sum(int((self._passes[index].each.row_weights > 0).sum()) for index in chosen)
+            count = sum(self._passes[index].windows_tokens for index in chosen)
         parts = distributed.gather_objects((total, count))
         return sum(part[0] for part in parts) / sum(part[1] for part in parts)
 

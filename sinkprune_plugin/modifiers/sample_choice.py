@@ -24,10 +24,12 @@ class SampleChoice:
     samples.
 
     :param seed: the recipe's ``seed``
+    :param minimum: real tokens that a sample must have
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, minimum: int = MINIMUM_TOKENS) -> None:
         self._seed = seed
+        self._minimum = minimum
         self._short = 0
 
     def batches(self, dataloader: Iterable[Any]) -> Iterable[Any]:
@@ -64,7 +66,7 @@ class SampleChoice:
 
         :param length: its number of real tokens, None if it can't be told yet
         """
-        short = length is not None and length < MINIMUM_TOKENS
+        short = length is not None and length < self._minimum
         self._short += short
         return not short
 
@@ -76,12 +78,12 @@ class SampleChoice:
         """
         if self._short and not left:
             raise UsageError(
-                f"all {self._short} calibration samples have fewer than {MINIMUM_TOKENS} tokens, the least that can be "
+                f"all {self._short} calibration samples have fewer than {self._minimum} tokens, the least that can be "
                 f"used; pass longer text, or pack it: {_REMEDY}"
             )
         if self._short and distributed.rank() == 0:
             logger.warning(
-                f"skipped {self._short} calibration samples of fewer than {MINIMUM_TOKENS} tokens, {left} are left; "
+                f"skipped {self._short} calibration samples of fewer than {self._minimum} tokens, {left} are left; "
                 f"{_REMEDY}"
             )
 

@@ -17,7 +17,7 @@ __all__ = ["SinkTally", "sweep_attention"]
 def sweep_attention(
     engine: PassEngine, passes: Sequence[CalibrationPass], block_runs: int, *, title: str, watch: Watch | None = None
 ) -> list[torch.Tensor]:
-    """Attention mass of every pass, summed over the decoder blocks.
+    """Attention mass of every pass, summed over the decoder blocks, relative to that of uniform attention.
 
     :param engine: the engine
     :param passes: the passes
@@ -29,12 +29,11 @@ def sweep_attention(
     """
     masses: dict[int, torch.Tensor] = {}
 
-    with capture_attention_mass() as capture:
+    with capture_attention_mass(relative=True) as capture:
 
         @contextlib.contextmanager
         def both(number: int, each: CalibrationPass) -> Iterator[None]:
-            mask = each.inputs.get("attention_mask")
-            capture.reset(None if mask is None else mask.bool())
+            capture.reset(each.valid)
             with contextlib.nullcontext() if watch is None else watch(number, each):
                 yield
             _add_mass(masses, number, capture)

@@ -1,4 +1,8 @@
-"""The passes of a diffusion calibration: every batch at every timestep of the grid, or once without noise."""
+"""The passes of a diffusion calibration: every batch at every timestep of the grid, or once without noise.
+
+A model that denoises block by block meets an open block after clean ones. Its passes hold the clean window and the
+noisy one, so that each of them has all blocks at this timestep, each given the clean blocks before it.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,11 +10,30 @@ from typing import Protocol
 
 import torch
 
-from sinkprune_plugin.diffusion import DiffusionSpec, corrupt, sample_generator, timestep_weight
+from sinkprune_plugin.diffusion import (
+    DiffusionSpec,
+    NoisyInputs,
+    clean_inputs,
+    corrupt,
+    noisy_inputs,
+    sample_generator,
+    timestep_weight,
+)
 from sinkprune_plugin.modifiers.calibration import CalibrationBatch
 from sinkprune_plugin.modifiers.passes import CalibrationPass
 
-__all__ = ["CorruptionSource", "TrajectoryCorruption", "clean_pass", "corrupted_passes", "without_sinks"]
+__all__ = [
+    "CorruptionSource",
+    "TrajectoryCorruption",
+    "clean_pass",
+    "corrupted_passes",
+    "spec_of",
+    "window_copies",
+    "without_sinks",
+]
+
+# How much a row of clean context counts in sums of squares, beside a noisy row's 1.
+CONTEXT_WEIGHT = 1.0
 
 
 class CorruptionSource(Protocol):
@@ -71,13 +94,32 @@ def corrupted_passes(
     :param batches: clean samples
     :param grid: timesteps t in (0, 1]
     :param corruption: source of the noise
-    :return: one pass for each batch and timestep, a batch's passes in the order of the grid; all real tokens count 1
+    :return: one pass for each batch and timestep, a batch's passes in the order of the grid; all real tokens count 1,
+        except clean ones that only serve as context
     """
+    spec = spec_of(corruption)
     return [
-        _pass_of(batch, corruption(batch, step_index, timestep))
+        _pass_of(batch, _noisy(batch, corruption(batch, step_index, timestep), spec))
         for batch in batches
         for step_index, timestep in enumerate(grid)
     ]
+
+
+def spec_of(corruption: CorruptionSource | None) -> DiffusionSpec | None:
+    """The model's diffusion spec; None where recorded noise takes the place of the family's.
+
+    :param corruption: source of the noise
+    """
+    return corruption.spec if isinstance(corruption, TrajectoryCorruption) else None
+
+
+def window_copies(corruption: CorruptionSource | None) -> int:
+    """How many times a noisy pass holds its window, rounded up.
+
+    :param corruption: source of the noise
+    """
+    spec = spec_of(corruption)
+    return 1 if spec is None or spec.block_length is None else 2
 
 
 def without_sinks(
@@ -100,19 +142,39 @@ def without_sinks(
     return weighted
 
 
-def clean_pass(batch: CalibrationBatch) -> CalibrationPass:
+def clean_pass(batch: CalibrationBatch, spec: DiffusionSpec | None = None) -> CalibrationPass:
     """The pass of a batch without noise.
 
     :param batch: clean samples
+    :param spec: the model's diffusion spec, if it denoises block by block
     :return: the pass; all real tokens count 1
     """
-    return _pass_of(batch, batch.input_ids)
+    if spec is None or spec.block_length is None:
+        return _pass_of(batch, _noisy(batch, batch.input_ids, None))
+    # No token of it is there for the others only.
+    return _pass_of(batch, replace(clean_inputs(batch.input_ids, spec, batch.valid), context=0))
 
 
-def _pass_of(batch: CalibrationBatch, input_ids: torch.Tensor) -> CalibrationPass:
+def _noisy(batch: CalibrationBatch, noisy_ids: torch.Tensor, spec: DiffusionSpec | None) -> NoisyInputs:
+    if spec is not None and spec.block_length is not None:
+        return noisy_inputs(noisy_ids, batch.input_ids, spec, batch.valid)
     # No mask where there is no padding: attention without a mask is the faster kernel.
-    mask = None if batch.valid is None else batch.valid.to(torch.int64)
-    weights = torch.ones(input_ids.shape) if mask is None else mask.to(torch.float32)
+    arguments = {"input_ids": noisy_ids}
+    return NoisyInputs(
+        arguments if batch.valid is None else arguments | {"attention_mask": batch.valid.long()}, batch.valid, 0
+    )
+
+
+def _pass_of(batch: CalibrationBatch, inputs: NoisyInputs) -> CalibrationPass:
+    weights = torch.ones(inputs.arguments["input_ids"].shape)
+    # A row's own factor, of which the square counts.
+    weights[:, : inputs.context] = CONTEXT_WEIGHT**0.5
+    if inputs.valid is not None:
+        weights = weights * inputs.valid
     return CalibrationPass(
-        {"input_ids": input_ids, "attention_mask": mask}, weights, source=f"calibration batch {batch.index}"
+        inputs.arguments,
+        weights,
+        source=f"calibration batch {batch.index}",
+        valid=inputs.valid,
+        context=inputs.context,
     )

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from sinkprune_plugin.diffusion import DiffusionSpec, corrupt, sample_generator
+from sinkprune_plugin.diffusion import DiffusionSpec, check_block_window, corrupt, sample_generator
 from sinkprune_plugin.errors import UsageError
 
 __all__ = ["NoisyWindows", "split_windows"]
@@ -82,8 +82,9 @@ def split_windows(
     :param batch_size: draws of a step
     :param seed: seed of order and noise
     :return: training draws, held-out draws
-    :raises UsageError: if there aren't enough windows for both
+    :raises UsageError: if there aren't enough windows for both, or their length doesn't fit the model's blocks
     """
+    check_block_window(windows.shape[1], spec)
     count = max(1, min(round(held_out * len(windows)), MOST_HELD_OUT))
     if len(windows) - count < 1:
         raise UsageError(

@@ -11,7 +11,14 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from sinkprune_plugin.devices import input_device
-from sinkprune_plugin.diffusion import DiffusionSpec, TopPredictions, predictions, top_predictions
+from sinkprune_plugin.diffusion import (
+    DiffusionSpec,
+    TopPredictions,
+    noisy_inputs,
+    predict_noisy,
+    predictions,
+    top_predictions,
+)
 from sinkprune_plugin.recovery.noisy_windows import NoisyWindows, batch_of
 
 __all__ = ["LiveTeacher", "StoredTeacher", "Teacher", "store_predictions", "stored_bytes"]
@@ -41,8 +48,9 @@ class LiveTeacher:
         :return: (K, V) logits
         """
         with torch.no_grad():
-            output: Any = self._model(input_ids=batch["input_ids"].to(input_device(self._model)))
-            return predictions(output.logits, batch["corrupted"], self._spec)
+            inputs = noisy_inputs(batch["input_ids"], batch["clean"], self._spec)
+            logits = predict_noisy(self._model, inputs, input_device(self._model))
+            return predictions(logits, batch["corrupted"], self._spec)
 
 
 class StoredTeacher:

@@ -16,7 +16,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from sinkprune_plugin.diffusion import DiffusionSpec, divergence, elbo_weights, negative_log_likelihood, predictions
+from sinkprune_plugin.diffusion import (
+    DiffusionSpec,
+    divergence,
+    elbo_weights,
+    negative_log_likelihood,
+    noisy_inputs,
+    predict_noisy,
+    predictions,
+)
 from sinkprune_plugin.formats import CheckpointReader
 from sinkprune_plugin.recovery.fixed_zeros import FixedZeros
 from sinkprune_plugin.recovery.noisy_windows import NoisyWindows, batch_of
@@ -119,10 +127,11 @@ class RecoveryTrainer(Trainer):
         num_items_in_batch: Any = None,  # noqa: ARG002
     ) -> Any:
         """See the base class; the loss is :func:`weighted_loss`."""
-        output = model(input_ids=inputs["input_ids"])
+        noisy = noisy_inputs(inputs["input_ids"], inputs["clean"], self._spec)
+        logits = predict_noisy(model, noisy, inputs["input_ids"].device)
         teacher = None if self._teachers is None else self._teachers[0 if model.training else 1]
-        loss = weighted_loss(output.logits, inputs, self._spec, self._options, teacher)
-        return (loss, output) if return_outputs else loss
+        loss = weighted_loss(logits, inputs, self._spec, self._options, teacher)
+        return (loss, {"logits": logits}) if return_outputs else loss
 
     def prediction_step(
         self,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.sinks.column_sums import attention_column_sums
+from sinkprune_plugin.sinks.column_sums import attention_column_sums, uniform_column_sums
 
 __all__ = ["AttentionCapture", "capture_attention_mass", "report_attention"]
 
@@ -23,8 +23,13 @@ _NOTHING_SEEN = (
 class AttentionCapture(TorchFunctionMode):
     """What :func:`capture_attention_mass` returns; while it is entered, every attention call adds to the mass."""
 
-    def __init__(self, valid: torch.Tensor | None = None, block_size: int | None = None) -> None:
+    def __init__(
+        self, valid: torch.Tensor | None = None, block_size: int | None = None, *, relative: bool = False
+    ) -> None:
         super().__init__()
+        self._relative = relative
+        # Of the last mask: all layers of a model are called with the same one.
+        self._uniform: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         self._valid = valid
         self._block_size = block_size
         self._layers: list[torch.Tensor] = []
@@ -56,6 +61,7 @@ class AttentionCapture(TorchFunctionMode):
         self._valid = valid
         self._layers = []
         self._mass = None
+        self._uniform = (None, None)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -108,13 +114,33 @@ class AttentionCapture(TorchFunctionMode):
             valid=valid,
             block_size=self._block_size,
         )
+        if self._relative:
+            layer = self._relative_to_uniform(layer, query, attn_mask, valid, is_causal=is_causal)
         self._layers.append(layer)
         # Not in place: what a hook has read stays unchanged. For a model spread over devices, sums are on the first
         # one's device.
         self._mass = layer if self._mass is None else self._mass + layer.to(self._mass.device)
 
+    def _relative_to_uniform(
+        self,
+        layer: torch.Tensor,
+        query: torch.Tensor,
+        attn_mask: torch.Tensor | None,
+        valid: torch.Tensor | None,
+        *,
+        is_causal: bool,
+    ) -> torch.Tensor:
+        if attn_mask is None or self._uniform[0] is not attn_mask:
+            keys = layer.shape[-1]
+            uniform = uniform_column_sums(query.shape[-2], keys, attn_mask, valid, is_causal=is_causal)
+            self._uniform = attn_mask, uniform
+        uniform = self._uniform[1]
+        return layer if uniform is None else layer / uniform.to(layer.device)
 
-def capture_attention_mass(valid: torch.Tensor | None = None, *, block_size: int | None = None) -> AttentionCapture:
+
+def capture_attention_mass(
+    valid: torch.Tensor | None = None, *, block_size: int | None = None, relative: bool = False
+) -> AttentionCapture:
     """Capture the attention mass that each key position receives while a model runs.
 
     Source: "Sink-Aware Pruning for Diffusion Language Models" (arXiv 2602.17664), section 3: attention probabilities
@@ -127,10 +153,12 @@ def capture_attention_mass(valid: torch.Tensor | None = None, *, block_size: int
 
     :param valid: (B, T) bool, False on padding: padding is neither counted as a query nor as a key
     :param block_size: queries computed at once, see :func:`attention_column_sums`; default: by memory
+    :param relative: each key's mass over that of uniform attention, see :func:`uniform_column_sums`: the mass itself
+        where all queries see all keys, and where they don't, what is left when that alone gives no key more
     :return: context manager with ``mass``, ``layers`` and ``reset()``
     :raises UsageError: on leaving, if no attention was intercepted; during the run, if calls can't be added up
     """
-    return AttentionCapture(valid, block_size)
+    return AttentionCapture(valid, block_size, relative=relative)
 
 
 def report_attention(

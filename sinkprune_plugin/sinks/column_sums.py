@@ -4,7 +4,7 @@ import torch
 
 from sinkprune_plugin.errors import UsageError
 
-__all__ = ["attention_column_sums"]
+__all__ = ["attention_column_sums", "uniform_column_sums"]
 
 # Elements of one block of scores (two such buffers are alive). On CPU 2 MiB stays in the second-level cache, where the
 # softmax passes are several times faster than in main memory; an accelerator needs large blocks to be busy at all.
@@ -66,6 +66,45 @@ def attention_column_sums(
             )
             pieces.append(sums.compute(head_step, query_step))
     return torch.cat(pieces)
+
+
+@torch.no_grad()
+def uniform_column_sums(
+    queries: int,
+    keys: int,
+    attn_mask: torch.Tensor | None,
+    valid: torch.Tensor | None = None,
+    *,
+    is_causal: bool = False,
+) -> torch.Tensor | None:
+    """Mass that each key would receive in one head if every query looked at all keys that it may see alike.
+
+    An early key of a causal context is seen by more queries than a late one, and by queries that see few others, so it
+    has more mass by construction: Σ_q 1 / (keys that q sees) over the queries that see it. Dividing by the number of
+    these queries alone would leave the second reason.
+
+    :param queries: Tq
+    :param keys: Tk
+    :param attn_mask: as in :func:`attention_column_sums`; the same for all heads, or the first head's counts
+    :param valid: (B, Tk) bool, False on padding
+    :param is_causal: query i sees keys 0 … i
+    :return: (B or 1, Tk) float32, 1 for keys that no query sees; None where all keys are alike
+    """
+    if not is_causal and (attn_mask is None or attn_mask.shape[-2] == 1):
+        # Every query sees the same keys: 1 for each of them.
+        return None
+    if attn_mask is None:
+        seen = torch.ones(1, queries, keys, dtype=torch.bool, device=None if valid is None else valid.device)
+    else:
+        mask = attn_mask[(None,) * (4 - attn_mask.dim())][:, 0]
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+        seen = seen.expand(-1, queries, keys)
+    if is_causal:
+        seen = seen & torch.ones(queries, keys, dtype=torch.bool, device=seen.device).tril()
+    if valid is not None:
+        seen = seen & valid[:, None, :] & valid[:, keys - queries :, None]
+    mass = (seen / seen.sum(dim=-1, keepdim=True).clamp(min=1)).sum(dim=-2)
+    return mass.masked_fill(mass == 0, 1.0)
 
 
 class _ColumnSums:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from sinkprune_plugin.devices import input_device
 from sinkprune_plugin.diffusion import (
     DiffusionSpec,
+    check_block_window,
     corrupt,
     find_family,
     resolve_diffusion,
@@ -99,10 +100,11 @@ def observe_sinks(
 ) -> SinkObservation:
     """Run a model on text windows at every step and gather where attention goes.
 
-    A diffusion LM sees each window corrupted to the timesteps of its grid. An autoregressive model knows no timesteps:
-    what grows there step by step is the context, so it sees the first t · T tokens of each window. In both cases the
-    question is whether the sinks stay where they are while generation goes on. Note that in a causal model more queries
-    see an early position, which alone gives it more mass.
+    A diffusion LM sees each window corrupted to the timesteps of its grid; one that denoises block by block sees its
+    last block corrupted, after the clean rest, and its mass is relative to that of uniform attention. An autoregressive
+    model knows no timesteps: what grows there step by step is the context, so it sees the first t · T tokens of each
+    window. In all cases the question is whether the sinks stay where they are while generation goes on. Note that in a
+    causal model more queries see an early position, which alone gives it more mass.
 
     :param model: transformers model
     :param windows: (N, T) int64 token ids without padding
@@ -114,6 +116,8 @@ def observe_sinks(
     """
     settings = settings or SinkSettings()
     _check_windows(model, windows)
+    if spec is not None:
+        check_block_window(windows.shape[1], spec)
     count, tokens = windows.shape
     steps = timestep_grid(settings.diffusion_steps, settings.sample_interval)
     lengths = [tokens] * len(steps) if spec else [min(max(ceil(t * tokens), MINIMUM_TOKENS), tokens) for t in steps]
@@ -128,8 +132,9 @@ def observe_sinks(
             if spec is not None:
                 generators = [sample_generator(settings.seed, index, row) for row in batch]
                 corruption = corrupt(batch, steps[index], spec, noise_eps=settings.noise_eps, generators=generators)
-                batch = corruption.noisy_ids
-            with capture_attention_mass() as capture:
+                clean = 0 if spec.block_length is None else tokens - spec.block_length
+                batch = torch.cat([batch[:, :clean], corruption.noisy_ids[:, clean:]], dim=1)
+            with capture_attention_mass(relative=spec is not None) as capture:
                 forward(batch)
             if not bool(torch.isfinite(capture.mass).all()):
                 raise UsageError(
