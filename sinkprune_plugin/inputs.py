@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from sinkprune_plugin.diffusion import block_length_of, check_blocks
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import load_sparse_checkpoint
 from sinkprune_plugin.formats.files.shard_reader import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, read_json
@@ -70,7 +71,7 @@ def load_inputs(
     weight_bytes = check_checkpoint(model_name)
     config = load_config(model_name)
     tokenizer = load_tokenizer(model_name)
-    length = seq_len if seq_len is not None else default_sequence_length(config, longest)
+    length = seq_len if seq_len is not None else _default_length(config, longest)
     windows = text_windows(config, tokenizer, dataset, default, length, count, seed)
     return Inputs(config, tokenizer, windows, weight_bytes)
 
@@ -151,7 +152,13 @@ def training_windows(
     return windows
 
 
+def _default_length(config: Any, longest: int) -> int:
+    length, block = default_sequence_length(config, longest), block_length_of(config)
+    return length if block is None or length < block else length // block * block
+
+
 def _check_length(config: Any, length: int) -> None:
+    check_blocks(length, block_length_of(config))
     limit = maximum_length(config)
     if limit is not None and length > limit:
         raise UsageError(f"--seq-len {length} is longer than the model's {limit}; use at most {limit}")

@@ -8,7 +8,15 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.catalogue import FAMILIES
 from sinkprune_plugin.models.diffusion_family import ContextAttention, DiffusionFamily
 
-__all__ = ["DiffusionFamily", "DiffusionSpec", "families", "find_family", "register_family", "resolve_diffusion"]
+__all__ = [
+    "DiffusionFamily",
+    "DiffusionSpec",
+    "block_length_of",
+    "families",
+    "find_family",
+    "register_family",
+    "resolve_diffusion",
+]
 
 _HOW_TO_ADD = "add yours with sinkprune_plugin.diffusion.register_family, see docs/adding-a-family.md"
 
@@ -158,6 +166,17 @@ def _vocab_size(config: Any, family: DiffusionFamily) -> int:
     if not sizes:
         raise UsageError(f"the configuration of this {family.name} model has no vocab_size; set it in config.json")
     return max(sizes)
+
+
+def block_length_of(config: Any) -> int | None:
+    """Tokens in a block of a model that denoises block by block.
+
+    :param config: as for :func:`resolve_diffusion`
+    :return: their number; None for a model without blocks, or of no known family
+    :raises UsageError: if the configuration's number is wrong
+    """
+    family = find_family(config)
+    return None if family is None else _block_length(config, family)
 
 
 def _block_length(config: Any, family: DiffusionFamily) -> int | None:

@@ -16,7 +16,16 @@ from sinkprune_plugin.diffusion.families import DiffusionSpec
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.block_attention import context_length, context_mask, joint_mask
 
-__all__ = ["NoisyInputs", "check_block_window", "clean_inputs", "context_tokens", "noisy_inputs", "predict_noisy"]
+__all__ = [
+    "NoisyInputs",
+    "arranged",
+    "check_block_window",
+    "check_blocks",
+    "clean_inputs",
+    "context_tokens",
+    "noisy_inputs",
+    "predict_noisy",
+]
 
 
 @dataclass(frozen=True)
@@ -56,16 +65,29 @@ def noisy_inputs(
         return NoisyInputs(arguments if valid is None else arguments | {"attention_mask": valid.long()}, valid, 0)
     length = noisy_ids.shape[1]
     context = context_length(length, spec.block_length, begin)
+    rows = torch.cat([clean_ids[:, :context], noisy_ids[:, begin:]], dim=1)
+    inputs = arranged(rows, spec, length, begin)
+    if valid is None:
+        return inputs
+    mask = joint_mask(length, spec.block_length, spec.context, begin=begin, valid=valid.cpu())[:, None]
+    valid = valid[:, inputs.arguments["position_ids"][0].to(valid.device)]
+    return NoisyInputs({**inputs.arguments, "attention_mask": mask}, valid, context)
+
+
+def arranged(rows: torch.Tensor, spec: DiffusionSpec, length: int, begin: int) -> NoisyInputs:
+    """The inputs that :func:`noisy_inputs` makes, from token ids in their order.
+
+    :param rows: (B, C + N) int64, clean tokens and then noisy ones; without blocks C = 0
+    :param spec: the model's diffusion spec
+    :param length: T, tokens of the clean window
+    :param begin: first position that may be noisy
+    :return: the arguments
+    """
+    if spec.block_length is None:
+        return NoisyInputs({"input_ids": rows}, None, 0)
     positions, mask = _joint(length, spec.block_length, spec.context, begin)
-    if valid is not None:
-        mask = joint_mask(length, spec.block_length, spec.context, begin=begin, valid=valid.cpu())[:, None]
-        valid = valid[:, positions[0].to(valid.device)]
-    arguments = {
-        "input_ids": torch.cat([clean_ids[:, :context], noisy_ids[:, begin:]], dim=1),
-        "attention_mask": mask,
-        "position_ids": positions,
-    }
-    return NoisyInputs(arguments, valid, context)
+    arguments = {"input_ids": rows, "attention_mask": mask, "position_ids": positions}
+    return NoisyInputs(arguments, None, context_length(length, spec.block_length, begin))
 
 
 def clean_inputs(clean_ids: torch.Tensor, spec: DiffusionSpec, valid: torch.Tensor | None = None) -> NoisyInputs:
@@ -117,17 +139,26 @@ def check_block_window(length: int, spec: DiffusionSpec) -> None:
     :param spec: the model's diffusion spec
     :raises UsageError: if the window has less than two blocks, or its last block would be a part of one
     """
-    block = spec.block_length
+    check_blocks(length, spec.block_length)
+
+
+def check_blocks(length: int, block: int | None) -> None:
+    """The same as :func:`check_block_window`, for a block length.
+
+    :param length: tokens of a window
+    :param block: tokens in a block; None: there are none
+    :raises UsageError: as there
+    """
     if block is None:
         return
     if length < 2 * block:
         raise UsageError(
-            f"a window of {length} tokens has less than two blocks of {block}, the block length of this {spec.name} "
-            f"model, so none would have a context; use windows of at least {2 * block} (--seq-len)"
+            f"a window of {length} tokens has less than two blocks of {block}, the model's block length, so none would "
+            f"have a context; use windows of at least {2 * block} (--seq-len)"
         )
     if length % block:
         raise UsageError(
-            f"a window of {length} tokens isn't divisible by {block}, the block length of this {spec.name} model; use "
+            f"a window of {length} tokens isn't divisible by {block}, the model's block length; use "
             f"{length // block * block} or {(length // block + 1) * block} (--seq-len)"
         )
 

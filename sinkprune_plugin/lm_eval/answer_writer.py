@@ -45,6 +45,7 @@ class AnswerWriter:
         :raises UsageError: naming the option
         """
         sampling_options(
+            self._spec,
             gen_length=wanted.length,
             block_length=self._block(wanted),
             steps=self._arguments.steps,
@@ -98,8 +99,9 @@ class AnswerWriter:
         ends = {self._tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
         return {token for token in ends if token is not None}
 
-    def _block(self, wanted: AnswerRequest) -> int:
-        return min(self._arguments.block_length, wanted.length)
+    def _block(self, wanted: AnswerRequest) -> int | None:
+        block = self._arguments.block_length
+        return None if block is None else min(block, wanted.length)
 
     def _with_transformers(
         self, prompts: Sequence[Sequence[int]], wanted: AnswerRequest, seed: int, stops: set[int]
@@ -122,10 +124,14 @@ class AnswerWriter:
         return [tokens.tolist() for tokens in written.sequences]
 
     def _with_vllm(self, prompts: Sequence[Sequence[int]], wanted: AnswerRequest, seed: int) -> list[list[int]]:
-        options: dict[str, Any] = {"dlm_block_length": self._block(wanted), "dlm_cache": self._arguments.cache}
-        options |= {"dlm_seed": seed, "dlm_temperature": wanted.temperature}
-        if self._arguments.steps is not None:
-            options["dlm_steps"] = self._arguments.steps
+        options: dict[str, Any] = {
+            "dlm_block_length": self._block(wanted),
+            "dlm_cache": self._arguments.cache,
+            "dlm_steps": self._arguments.steps,
+            "dlm_seed": seed,
+            "dlm_temperature": wanted.temperature,
+        }
+        options = {name: value for name, value in options.items() if value is not None}
         answers: list[list[int]] = self._engine.generate(prompts, wanted.length, options, ignore_eos=False)
         return answers
 

@@ -5,6 +5,11 @@ a number l, uniform in 1 … L, is masked at random, and
 
     log p(answer | context) ≥ E_l E_masked [ (L / l) Σ_masked log p(token | context and the other tokens) ].
 
+A model that denoises block by block writes an answer in blocks that are counted from its beginning, each given the
+context and the clean blocks before it. The same samples estimate the sum of the blocks' bounds: averaged over l, a set
+of masked tokens has the weight that it has with a noise level t per sample, uniform in (0, 1], and weights 1 / t, where
+each block alone has its own bound.
+
 The context is never masked. l is stratified over the samples: like the published program, but from a random start that
 isn't a whole number, since rounding halves would make even l likelier than odd ones.
 """
@@ -17,8 +22,9 @@ import torch
 import torch.nn.functional as F
 
 from sinkprune_plugin.devices import input_device
-from sinkprune_plugin.diffusion import DiffusionSpec, sample_generator
+from sinkprune_plugin.diffusion import DiffusionSpec, NoisyInputs, noisy_inputs, predict_noisy, sample_generator
 from sinkprune_plugin.diffusion.evaluation_mode import evaluation_mode
+from sinkprune_plugin.diffusion.noisy_inputs import arranged
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.sampling.guidance import guided_logits
 
@@ -80,16 +86,21 @@ def answer_log_likelihoods(
         raise UsageError(f"a {spec.name} model needs a token before the answer; the context can't be empty")
     if spec.keep_last and not ending:
         raise UsageError(f"a {spec.name} model keeps a sequence's last token; give an ending such as its EOS token")
-    noisy = [_corrupt(context, answer, ending, spec.mask_token_id, mc_num, seed) for answer in answers]
+    if cfg and spec.block_length is not None:
+        raise UsageError(f"cfg {cfg:g} isn't supported for a {spec.name} model; leave it out")
+    noisy = [_corrupt(context, answer, ending, spec, mc_num, seed) for answer in answers]
     owner = torch.arange(len(noisy)).repeat_interleave(torch.tensor([len(one.rows) for one in noisy]))
     masked, weights = torch.cat([one.masked for one in noisy]), torch.cat([one.weights for one in noisy])
     targets = torch.tensor([list(answer) for answer in answers], dtype=torch.int64)
     rows, place = torch.cat([one.rows for one in noisy]).unique(dim=0, return_inverse=True)
-    begin = len(context)
+    length = len(context) + len(answers[0]) + len(ending)
+    # Of a model with blocks, only the noisy tokens' logits are there.
+    begin = len(context) if spec.block_length is None else 0
     totals = torch.zeros(len(noisy), dtype=torch.float64)
     with evaluation_mode(model):
         for first in range(0, len(rows), batch_size):
-            logits = _logits(model, rows[first : first + batch_size], begin, spec.mask_token_id, cfg)
+            inputs = arranged(rows[first : first + batch_size], spec, length, len(context))
+            logits = _logits(model, inputs, len(context), spec.mask_token_id, cfg)
             used = ((place >= first) & (place < first + batch_size)).nonzero()[:, 0]
             which, column = masked[used].nonzero(as_tuple=True)
             source = used[which]
@@ -117,7 +128,7 @@ class _NoisyAnswer:
 
 
 def _corrupt(
-    context: Sequence[int], answer: Sequence[int], ending: Sequence[int], mask: int, mc_num: int, seed: int
+    context: Sequence[int], answer: Sequence[int], ending: Sequence[int], spec: DiffusionSpec, mc_num: int, seed: int
 ) -> _NoisyAnswer:
     tokens = torch.tensor([*context, *answer, *ending], dtype=torch.int64)
     begin, length = len(context), len(answer)
@@ -127,14 +138,17 @@ def _corrupt(
     ranks = torch.rand(mc_num, length, generator=generator).argsort(dim=1).argsort(dim=1)
     masked, drawn = (ranks < counts[:, None]).unique(dim=0, return_counts=True)
     rows = tokens.repeat(len(masked), 1)
-    rows[:, begin : begin + length].masked_fill_(masked, mask)
+    rows[:, begin : begin + length].masked_fill_(masked, spec.mask_token_id)
+    rows = noisy_inputs(rows, tokens.expand_as(rows), spec, begin=begin).arguments["input_ids"]
     return _NoisyAnswer(rows, masked, drawn.double() * length / masked.sum(dim=1).double() / mc_num)
 
 
-def _logits(model: Any, rows: torch.Tensor, begin: int, mask: int, cfg: float) -> torch.Tensor:
-    rows = rows.to(input_device(model))
-    logits: torch.Tensor = model(input_ids=rows).logits
-    return guided_logits(model, rows, logits, begin, mask, cfg) if cfg else logits
+def _logits(model: Any, inputs: NoisyInputs, begin: int, mask: int, cfg: float) -> torch.Tensor:
+    device = input_device(model)
+    logits = predict_noisy(model, inputs, device)
+    if not cfg:
+        return logits
+    return guided_logits(model, inputs.arguments["input_ids"].to(device), logits, begin, mask, cfg)
 
 
 def _losses(

@@ -19,6 +19,7 @@ from sinkprune_plugin.lm_eval.generation_requests import AnswerRequest
 from sinkprune_plugin.lm_eval.model_arguments import ModelArguments
 from sinkprune_plugin.loading import default_sequence_length, load_config, load_model, load_tokenizer
 from sinkprune_plugin.sampling import denoise
+from sinkprune_plugin.sampling.family_options import block_within
 from sinkprune_plugin.vllm.cpu import prepare
 
 __all__ = ["SinkpruneLM"]
@@ -155,7 +156,7 @@ class SinkpruneLM(TemplateLM):
             self.model,
             torch.tensor(context),
             gen_length=len(answer),
-            block_length=len(answer),
+            block_length=block_within(self.spec, len(answer)),
             cfg_scale=self.arguments.cfg,
             spec=self.spec,
         )

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sinkprune_plugin.devices import choose_device
+from sinkprune_plugin.diffusion import DiffusionSpec
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.sampling import SamplingOptions
+from sinkprune_plugin.sampling.family_options import family_options
 
 __all__ = ["ModelArguments", "sampling_options"]
 
@@ -29,9 +31,10 @@ class ModelArguments:
     :param backend: what generates answers, ``transformers`` or ``vllm``; likelihoods are always transformers'
     :param mc_num: Monte-Carlo samples of a likelihood
     :param cfg: scale of classifier-free guidance; 0 is off
-    :param block_length: tokens in a block of an answer; of a shorter answer, all of it
+    :param block_length: tokens in a block of an answer; of a shorter answer, all of it; None: 32, or the model's own
     :param steps: denoising steps of an answer; None is one for each token
-    :param cache: cache mode of an answer: ``none``, ``prefix``, ``dual`` or ``commit``
+    :param cache: cache mode of an answer: ``none``, ``prefix``, ``dual`` or ``commit``; None: ``none``, or ``commit``
+        for a model that denoises block by block
     :param add_bos_token: put the tokenizer's BOS token before every context
     :param check_greedy: also find out whether each answer is what the model would write, at as many forward passes as
         the answer has tokens; only tasks such as LAMBADA's accuracy use it
@@ -46,9 +49,9 @@ class ModelArguments:
     backend: str = "transformers"
     mc_num: int = 128
     cfg: float = 0.0
-    block_length: int = 32
+    block_length: int | None = None
     steps: int | None = None
-    cache: str = "none"
+    cache: str | None = None
     add_bos_token: bool = False
     check_greedy: bool = False
     max_length: int | None = None
@@ -100,9 +103,9 @@ class ModelArguments:
         if isinstance(self.cfg, bool) or not isinstance(self.cfg, int | float) or not 0 <= self.cfg < math.inf:
             raise UsageError(f"cfg {self.cfg!r} is out of range; use a number from 0")
         sampling_options(
-            gen_length=self.block_length,
+            gen_length=32 if self.block_length is None else self.block_length,
             block_length=self.block_length,
-            cache=self.cache,
+            cache=self.cache or "none",
             cfg_scale=self.cfg,
             seed=self.seed,
         )
@@ -112,15 +115,16 @@ class ModelArguments:
             choose_device(str(self.device))
 
 
-def sampling_options(**options: Any) -> SamplingOptions:
+def sampling_options(spec: DiffusionSpec | None = None, **options: Any) -> SamplingOptions:
     """Resolve sampling options, with messages that use the names of ``--model_args``.
 
+    :param spec: the model's diffusion spec, if it is known
     :param options: see :meth:`SamplingOptions.resolve`
     :return: the options
     :raises UsageError: on a wrong value
     """
     try:
-        return SamplingOptions.resolve(**options)
+        return SamplingOptions.resolve(**family_options(spec, options, options["gen_length"]))
     except UsageError as error:
         message = str(error).replace("dlm_cfg_scale", "cfg").replace("dlm_gen_length", "max_gen_toks")
         raise UsageError(message.replace("dlm_", "")) from error

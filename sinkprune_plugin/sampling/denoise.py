@@ -1,8 +1,8 @@
 """The plain sampler: LLaDA's semi-autoregressive denoising (arXiv 2502.09992, section 2.4 and appendix B.4) in torch.
 
 It needs nothing but a model, and is the reference for engines. ``none`` is the published algorithm; ``prefix`` and
-``dual`` are Fast-dLLM's approximations (arXiv 2505.22618, section 3.2), ``commit`` is for models trained block by
-block.
+``dual`` are Fast-dLLM's approximations (arXiv 2505.22618, section 3.2). ``commit`` is for models trained block by
+block, where it is exact: "Block Diffusion" (arXiv 2503.09573), algorithm 2.
 """
 
 import inspect
@@ -18,6 +18,7 @@ from sinkprune_plugin.diffusion import DiffusionSpec, resolve_diffusion
 from sinkprune_plugin.diffusion.evaluation_mode import evaluation_mode
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.sampling.denoising_batch import DenoisingBatch
+from sinkprune_plugin.sampling.family_options import family_options
 from sinkprune_plugin.sampling.options import SamplingOptions
 from sinkprune_plugin.sampling.prompts import as_prompts, as_seeds, check_prompts
 
@@ -45,7 +46,7 @@ def denoise(
     gen_length: int,
     block_length: int | None = None,
     steps: int | None = None,
-    cache: str = "none",
+    cache: str | None = None,
     temperature: float = 0.0,
     remasking: str = "low_confidence",
     threshold: float | None = None,
@@ -68,9 +69,10 @@ def denoise(
     :param model: a diffusion LM as transformers class; it is run in evaluation mode
     :param input_ids: one prompt (P,), prompts of one length (B, P), or a list of prompts; int64
     :param gen_length: tokens of the canvas, G
-    :param block_length: tokens in a block; default 32; the last block may be shorter
+    :param block_length: tokens in a block; default 32, or the model's own; the last block may be shorter
     :param steps: denoising steps of the whole generation; default one for each token
-    :param cache: ``none``, ``prefix``, ``dual`` or ``commit``
+    :param cache: ``none``, ``prefix``, ``dual`` or ``commit``; default ``none``. A model that denoises block by block
+        has ``commit`` only
     :param temperature: of the Gumbel noise; 0 is greedy
     :param remasking: ``low_confidence``, ``random``, ``margin`` or ``entropy``
     :param threshold: unmask all positions with higher confidence than this instead of a fixed number; ``steps`` then
@@ -93,17 +95,16 @@ def denoise(
     """
     spec = resolve_diffusion(model.config) if spec is None else spec
     prompts = as_prompts(input_ids)
+    ruled = family_options(spec, {"block_length": block_length, "cache": cache, "cfg_scale": cfg_scale}, gen_length)
     options = SamplingOptions.resolve(
         gen_length=gen_length,
-        block_length=block_length,
+        **ruled,
         steps=steps,
-        cache=cache,
         temperature=temperature,
         remasking=remasking,
         threshold=threshold,
         factor=factor,
         early_stop=early_stop,
-        cfg_scale=cfg_scale,
         top_k=top_k,
         top_p=top_p,
     )
@@ -111,8 +112,10 @@ def denoise(
     for one in seeds:
         SamplingOptions.resolve(gen_length=gen_length, seed=one)
     check_prompts(prompts, gen_length, spec, model.config)
-    if cache != "none" and "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UsageError(f"{type(model).__name__} takes no position_ids, which cache {cache} needs; use cache none")
+    if options.cache != "none" and "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UsageError(
+            f"{type(model).__name__} takes no position_ids, which cache {options.cache} needs; use cache none"
+        )
 
     groups: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):

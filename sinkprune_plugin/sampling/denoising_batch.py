@@ -6,6 +6,7 @@ import torch
 
 from sinkprune_plugin.diffusion import DiffusionSpec
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.models.block_attention import context_mask
 from sinkprune_plugin.sampling.guidance import guided_logits
 from sinkprune_plugin.sampling.kv_cache import KeyValueCache
 from sinkprune_plugin.sampling.options import REMASKINGS, SamplingOptions
@@ -148,22 +149,28 @@ class DenoisingBatch:
         return torch.cat([self._before, logits[:, : end - begin - 1]], dim=1)
 
     def _commit(self, begin: int, end: int) -> None:
-        """Keep keys and values of final tokens."""
-        self._keep_before(self._forward(begin, end)[:, -1:])
+        """Keep keys and values of final tokens, which see each other as the model's context does."""
+        spec = self._spec
+        if spec.block_length is None:
+            self._keep_before(self._forward(begin, end)[:, -1:])
+            return
+        mask = context_mask(end - begin, spec.block_length, spec.context, first=begin)[None, None]
+        logits = self._forward(begin, end, attention_mask=mask.to(self._tokens.device), logits_to_keep=1)
+        self._keep_before(logits)
 
     def _keep_before(self, logits: torch.Tensor) -> None:
         if self._spec.logit_shift:
             # A view would hold the logits of all positions.
             self._before = logits.clone()
 
-    def _forward(self, begin: int, end: int, visible: int | None = None) -> torch.Tensor:
+    def _forward(self, begin: int, end: int, visible: int | None = None, **arguments: Any) -> torch.Tensor:
         self.forwards += 1
         tokens = self._tokens[self._active, begin:end]
         if self._options.cache == "none":
             return torch.as_tensor(self._model(input_ids=tokens).logits)
         positions = torch.arange(begin, end, device=tokens.device)[None]
         with self._cache.computing(begin, end, visible=visible):
-            return torch.as_tensor(self._model(input_ids=tokens, position_ids=positions).logits)
+            return torch.as_tensor(self._model(input_ids=tokens, position_ids=positions, **arguments).logits)
 
     def _guided(self, logits: torch.Tensor) -> torch.Tensor:
         if not self._options.cfg_scale:

@@ -69,13 +69,27 @@ class _Interception(TorchFunctionMode):
             return func(*args, **kwargs)
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
         call = dict(zip(names, args, strict=False)) | kwargs
-        if call.get("attn_mask") is not None or call.get("is_causal"):
-            raise UsageError("keys and values can be kept only where attention has no mask; use cache none")
+        call["attn_mask"] = self._mask(call)
         cache = self._cache
         call["key"] = cache._exchange(self._call, call["key"], cache._keys, self._span)
         call["value"] = cache._exchange(self._call, call["value"], cache._values, self._span)
         self._call += 1
         return func(**call)
+
+    def _mask(self, call: dict[str, Any]) -> torch.Tensor | None:
+        """The mask over the query's own positions, extended to those that are kept, which it sees all."""
+        mask, length = call.get("attn_mask"), call["query"].shape[2]
+        if mask is None and not call.get("is_causal"):
+            return None
+        begin, end, visible = self._span
+        own = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.shape[2:] == (length, length)
+        if not own or visible != end:
+            raise UsageError(
+                "keys and values can be kept only where attention has no mask, or one between the tokens of the query; "
+                "use cache none"
+            )
+        assert mask is not None
+        return F.pad(mask, (begin, 0), value=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

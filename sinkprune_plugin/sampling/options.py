@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from sinkprune_plugin.diffusion import DiffusionSpec
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.sampling.family_options import family_options
 
 __all__ = ["CACHES", "OPTION_NAMES", "REMASKINGS", "CacheName", "RemaskingName", "SamplingOptions", "parse_options"]
 
@@ -238,13 +240,21 @@ _REAL = ("dlm_temperature", "dlm_threshold", "dlm_factor", "dlm_cfg_scale")
 _TRUTHS = {"true": True, "false": False, "1": True, "0": False}
 
 
-def parse_options(given: Mapping[str, Any], *, max_tokens: int, top_k: int = 0, top_p: float = 1.0) -> SamplingOptions:
+def parse_options(
+    given: Mapping[str, Any],
+    *,
+    max_tokens: int,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    spec: DiffusionSpec | None = None,
+) -> SamplingOptions:
     """Resolve the ``dlm_`` options of a request.
 
     :param given: option → value; numbers may come as text, as they do over HTTP
     :param max_tokens: length of the generation where ``dlm_gen_length`` isn't given
     :param top_k: 0 for all tokens
     :param top_p: 1 for all tokens
+    :param spec: the model's diffusion spec, for what its family says
     :return: the options
     :raises UsageError: for an unknown option or a wrong value, in one line with the remedy
     """
@@ -260,7 +270,7 @@ def parse_options(given: Mapping[str, Any], *, max_tokens: int, top_k: int = 0, 
         gen_length_given=length is not None,
         top_k=top_k,
         top_p=top_p,
-        **values,
+        **family_options(spec, values, max_tokens if length is None else length),
     )
 
 

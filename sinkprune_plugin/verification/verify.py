@@ -18,6 +18,7 @@ from sinkprune_plugin.loading import load_model
 from sinkprune_plugin.outputs import check_output, new_directory
 from sinkprune_plugin.provenance import write_provenance
 from sinkprune_plugin.recipe_files import RECIPE_FILE, read_recipe
+from sinkprune_plugin.sampling.family_options import block_within, default_caches
 from sinkprune_plugin.sinks import sink_report
 from sinkprune_plugin.sinks.observe import SinkSettings
 from sinkprune_plugin.verification.bars import Bars, check_bars
@@ -148,7 +149,7 @@ def verify(
             prompts=prompts[: 2 if options.quick else 4],
             spec=spec,
             gen_length=answer,
-            block_length=min(16, answer),
+            block_length=block_within(spec, min(16, answer)),
             progress=True,
         )
         samples = compare_answers(models[1])
@@ -235,11 +236,14 @@ def _speed(
     dense: Path, pruned: Path, models: Sequence[Any], spec: Any, prompts: torch.Tensor, options: VerifyOptions
 ) -> Any:
     length = min(QUICK_TIMED if options.quick else LONGEST_TIMED, prompts.shape[1])
+    block = block_within(spec, 16 if length % 16 == 0 else length)
     workload = Workload(
         prompts=prompts,
         gen_length=length,
-        block_length=16 if length % 16 == 0 else length,
-        steps=max(1, length // 4),
+        block_length=block,
+        caches=default_caches(spec),
+        # One at least for each block.
+        steps=max(1, length // 4) if block >= 4 else length,
         batch_sizes=(1, 4) if options.quick else (1, 8),
         seconds=QUICK_TIMING if options.quick else TIMING,
         seed=options.seed,

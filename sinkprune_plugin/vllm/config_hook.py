@@ -4,6 +4,7 @@ import functools
 from contextvars import ContextVar
 from typing import Any
 
+from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.models.catalogue import ARCHITECTURES
 from sinkprune_plugin.vllm.checked_config import check_config
 from sinkprune_plugin.vllm.memory_defaults import (
@@ -101,6 +102,7 @@ def configure(vllm_config: Any) -> None:
     if current_platform.is_cpu():
         set_cache(vllm_config)
     vllm_config.attention_config.use_non_causal = True
+    _set_attention(vllm_config)
     _set_graphs(vllm_config)
     if not warms_up(canvas, vllm_config.model_config.max_model_len):
         _logger().info(
@@ -222,6 +224,26 @@ def _set_scheduling(vllm_config: Any) -> None:
             logger.info("%s raised from %d to max_model_len %d: a denoising step isn't split", name, budget,
                         model.max_model_len)  # fmt: skip
             setattr(scheduler, name, model.max_model_len)
+
+
+def _set_attention(vllm_config: Any) -> None:
+    """Choose a backend that takes causality request by request, for models with a causal context and open blocks."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if resolve_diffusion(vllm_config.model_config.hf_config).context != "causal":
+        return
+    attention = vllm_config.attention_config
+    if attention.backend == AttentionBackendEnum.FLASHINFER:
+        raise ValueError(
+            f"{vllm_config.model_config.architecture} mixes causal and bidirectional attention in a batch, which "
+            "FlashInfer doesn't; use --attention-backend TRITON_ATTN or FLASH_ATTN"
+        )
+    if attention.backend is None and current_platform.is_cuda() and not current_platform.has_device_capability(90):
+        # vLLM picks FlashAttention 4 from there on; earlier versions have one causality for the whole batch.
+        attention.backend = AttentionBackendEnum.TRITON_ATTN
+        _logger().info("attention backend TRITON_ATTN: requests of a batch differ in causality; --attention-backend "
+                       "sets another")  # fmt: skip
 
 
 def _set_graphs(vllm_config: Any) -> None:

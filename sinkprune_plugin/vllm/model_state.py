@@ -30,7 +30,7 @@ __all__ = ["DenoisingModelState"]
 
 
 class DenoisingModelState(ModelState):
-    """State of LLaDA, Dream and the like.
+    """State of all models of the catalogue.
 
     :param vllm_config: configuration, with a ``diffusion_config``
     :param model: the vLLM model
@@ -55,6 +55,11 @@ class DenoisingModelState(ModelState):
         # Positions after each query that attention must see as well; None if there are none.
         self._hidden_suffix: np.ndarray[Any, np.dtype[np.int64]] | None = None
         self._keep: StateKeeper | None = None
+        # Which requests' tokens see only what comes before them. Kept, since graphs remember where it is; int32, which
+        # is what FlashAttention asks for.
+        self._causal = (
+            torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device) if self._spec.context == "causal" else None
+        )
         model_dtype = self.dtype
         assert isinstance(model_dtype, torch.dtype)
         self._boundary = (
@@ -190,6 +195,9 @@ class DenoisingModelState(ModelState):
     ) -> dict[str, Any]:
         """Attention in both directions; for cache ``dual`` also over the kept positions after the block.
 
+        A model with a causal context has it in both directions in an open block only: a prompt is read causally, and so
+        is a finished block, once more, for the keys and values that are kept of it.
+
         :param input_batch: the batch
         :param cudagraph_mode: never FULL, see the config hook
         :param block_tables: pages of each request
@@ -224,5 +232,15 @@ class DenoisingModelState(ModelState):
             seq_lens_cpu_upper_bound=upper_bound,
             positions=input_batch.positions,
             for_cudagraph_capture=for_capture,
-            causal=False,
+            causal=False if for_capture or self._batch is None else self._attention_of(self._batch),
         )
+
+    def _attention_of(self, batch: DeviceBatch) -> bool | torch.Tensor:
+        """False for both directions, or for each request of the step 1 for causal attention, (num_reqs,) int32."""
+        if self._causal is None or self._sampler is None:
+            return False
+        finished = self._sampler.state.committing[batch.column(Column.SLOT)] != 0
+        flags = self._causal[: len(batch.table)]
+        # Without a canvas it is a prompt, or, after preemption, a finished block.
+        flags.copy_(finished | (batch.column(Column.WIDTH) == 0))
+        return flags

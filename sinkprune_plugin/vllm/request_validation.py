@@ -8,7 +8,7 @@ vLLM has a hook that sees sampling parameters, but none that also sees prompt an
 import functools
 from typing import Any
 
-from sinkprune_plugin.diffusion import resolve_diffusion
+from sinkprune_plugin.diffusion import DiffusionSpec, resolve_diffusion
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.catalogue import ARCHITECTURES
 from sinkprune_plugin.sampling.options import SamplingOptions, parse_options
@@ -84,7 +84,8 @@ def _resolve(processor: Any, request: Any, asked: dict[str, Any]) -> None:
     params = request.sampling_params
     if request.prompt_token_ids is None:
         raise VLLMValidationError("prompt embeddings aren't supported by a denoising model; send text or token ids")
-    mask = resolve_diffusion(processor.model_config.hf_config).mask_token_id
+    spec = resolve_diffusion(processor.model_config.hf_config)
+    mask = spec.mask_token_id
     if mask in request.prompt_token_ids:
         raise VLLMValidationError(
             f"the prompt holds the mask token {mask} at position {request.prompt_token_ids.index(mask)}; leave it out"
@@ -96,7 +97,8 @@ def _resolve(processor: Any, request: Any, asked: dict[str, Any]) -> None:
     if params.max_tokens >= processor.model_config.max_model_len - prompt_length:
         params.max_tokens = min(params.max_tokens, canvas)
     try:
-        options = resolve_options(asked, params.max_tokens, prompt_length, canvas, processor.model_config.max_model_len)
+        longest = processor.model_config.max_model_len
+        options = resolve_options(asked, params.max_tokens, prompt_length, canvas, longest, spec)
     except UsageError as error:
         raise VLLMValidationError(str(error)) from error
     attach_plan(params, options)
@@ -132,7 +134,12 @@ def check_request(params: Any) -> dict[str, Any]:
 
 
 def resolve_options(
-    asked: dict[str, Any], max_tokens: int, prompt_length: int, canvas: int, max_model_len: int
+    asked: dict[str, Any],
+    max_tokens: int,
+    prompt_length: int,
+    canvas: int,
+    max_model_len: int,
+    spec: DiffusionSpec | None = None,
 ) -> SamplingOptions:
     """Resolve and check the options of a request.
 
@@ -141,11 +148,12 @@ def resolve_options(
     :param prompt_length: tokens of the prompt
     :param canvas: longest generation served
     :param max_model_len: longest prompt and generation together
+    :param spec: the model's diffusion spec, for what its family says
     :return: the options
     :raises UsageError: naming the option, its value and the remedy
     """
     extra = {name: value for name, value in asked.items() if name not in ("top_k", "top_p")}
-    options = parse_options(extra, max_tokens=max_tokens, top_k=asked["top_k"], top_p=asked["top_p"])
+    options = parse_options(extra, max_tokens=max_tokens, top_k=asked["top_k"], top_p=asked["top_p"], spec=spec)
     if options.cfg_scale:
         raise UsageError(
             f"dlm_cfg_scale {options.cfg_scale} isn't served: guidance needs a second forward pass; use "
