@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.models.catalogue import FAMILIES
+from sinkprune_plugin.models.catalogue import MISSING, NATIVE_MODELS
 from sinkprune_plugin.models.diffusion_family import ContextAttention, DiffusionFamily
 
 __all__ = [
@@ -95,10 +95,13 @@ def register_family(family: DiffusionFamily) -> None:
 
 
 def families() -> tuple[DiffusionFamily, ...]:
-    """All known families, in the order of their registration.
+    """All known families: those of the catalogue, and those registered besides.
 
     :return: the families
     """
+    for native in NATIVE_MODELS:
+        if native.family.name not in _FAMILIES:
+            register_family(native.family)
     return tuple(_FAMILIES.values())
 
 
@@ -135,6 +138,10 @@ def resolve_diffusion(config: Any, tokenizer: Any = None, *, mask_token_id: int 
     """
     family = find_family(config)
     if family is None:
+        model_type = _field(config, "model_type")
+        for kind, reason in MISSING.items():
+            if isinstance(model_type, str) and _key(model_type).startswith(kind):
+                raise UsageError(f"model_type {model_type!r} isn't supported: {reason}")
         known = ", ".join(f"{family.name} (model_type {' or '.join(family.model_types)})" for family in families())
         raise UsageError(
             f"model_type {_field(config, 'model_type')!r} is no known family of diffusion language models; "
@@ -208,5 +215,4 @@ def _key(model_type: str) -> str:
     return model_type.casefold()
 
 
-for _family in FAMILIES:
-    register_family(_family)
+families()

@@ -6,10 +6,11 @@ Importing this package imports neither torch nor transformers.
 """
 
 from sinkprune_plugin.models.auto_classes import (
+    add_native_model,
     register_configs,
     register_imported,
     register_models,
     register_tokenizers,
 )
 
-__all__ = ["register_configs", "register_imported", "register_models", "register_tokenizers"]
+__all__ = ["add_native_model", "register_configs", "register_imported", "register_models", "register_tokenizers"]

@@ -5,9 +5,24 @@ Each function must be called after the auto class that it extends has been impor
 
 import sys
 
-from sinkprune_plugin.models.catalogue import NATIVE_MODELS
+from sinkprune_plugin.models.catalogue import NATIVE_MODELS, NativeModel, list_native_model
 
-__all__ = ["register_configs", "register_imported", "register_models", "register_tokenizers"]
+__all__ = ["add_native_model", "register_configs", "register_imported", "register_models", "register_tokenizers"]
+
+
+def add_native_model(native: NativeModel) -> None:
+    """Make everything here know a model of another package, as if it were in the catalogue.
+
+    To be called in each process that uses it; for vLLM from an entry point in its group ``vllm.general_plugins``.
+
+    :param native: the row
+    :raises UsageError: if there is a model of its type or architecture
+    """
+    list_native_model(native)
+    if "transformers.models.auto.configuration_auto" in sys.modules:
+        register_configs()
+    for name in sorted(_registered):
+        _REGISTER[name]()
 
 
 def register_configs() -> None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.diffusion_family import DiffusionFamily
 
-__all__ = ["ARCHITECTURES", "FAMILIES", "NATIVE_MODELS", "Experts", "NativeModel", "Units"]
+__all__ = ["ARCHITECTURES", "MISSING", "NATIVE_MODELS", "Experts", "NativeModel", "Units", "list_native_model"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,10 @@ class Experts:
 
 @dataclass(frozen=True)
 class NativeModel:
-    """One ``model_type`` and the classes that go with it. Places are ``module:class``.
+    """One ``model_type`` and the classes that go with it.
+
+    Places are ``module:class``, the module within a folder of this package or, where ``package`` is given, within that;
+    ``:class`` is the package itself.
 
     :param model_type: as in config.json
     :param family: how it is corrupted, and what its attention sees
@@ -65,6 +69,7 @@ class NativeModel:
     :param tokenizer: place of the tokenizer within this folder, if those of transformers can't read the official files
     :param units: what can be removed from its decoder blocks; None: nothing, and structured pruning refuses the model
     :param experts: where its experts are; None: it has none
+    :param package: importable package with the classes, for a family that isn't this package's
     """
 
     model_type: str
@@ -77,23 +82,31 @@ class NativeModel:
     tokenizer: str | None = None
     units: Units | None = None
     experts: Experts | None = None
+    package: str | None = None
 
     def config_class(self) -> Any:
         """Import the configuration's class."""
-        return _resolve(self.config)
+        return self._resolve(self.config)
 
     def model_class(self) -> Any:
         """Import the model's class."""
-        return _resolve(self.model)
+        return self._resolve(self.model)
 
     def tokenizer_class(self) -> Any:
         """Import the tokenizer's class; None where transformers' own works."""
-        return None if self.tokenizer is None else _resolve(self.tokenizer)
+        return None if self.tokenizer is None else self._resolve(self.tokenizer)
 
+    def vllm_place(self) -> str | None:
+        """The vLLM class, as vLLM's registry takes it: ``full.module:class``."""
+        return None if self.vllm_model is None else self._full(self.vllm_model, "sinkprune_plugin.vllm.architectures")
 
-def _resolve(place: str) -> Any:
-    module, _, name = place.partition(":")
-    return getattr(import_module(f"sinkprune_plugin.models.{module}"), name)
+    def _resolve(self, place: str) -> Any:
+        module, _, name = self._full(place, "sinkprune_plugin.models").partition(":")
+        return getattr(import_module(module), name)
+
+    def _full(self, place: str, folder: str) -> str:
+        module, _, name = place.partition(":")
+        return f"{self.package or folder}{'.' if module else ''}{module}:{name}"
 
 
 _LLADA_UNITS = Units(
@@ -136,7 +149,7 @@ _NEMOTRON_LABS = DiffusionFamily(
     block_key="block_size",
 )
 
-NATIVE_MODELS = (
+NATIVE_MODELS = [
     NativeModel(
         model_type="llada",
         family=_LLADA,
@@ -204,15 +217,40 @@ NATIVE_MODELS = (
         vllm_model="nemotron_labs:NemotronLabsDiffusionModel",
         units=_QWEN_UNITS,
     ),
-)
+]
 
-FAMILIES = tuple({native.family.name: native.family for native in NATIVE_MODELS}.values())
-"""The families of the native models, each once."""
+ARCHITECTURES: dict[str, str] = {}
+"""Class name in config.json → the vLLM class, as in :meth:`NativeModel.vllm_place`."""
 
-ARCHITECTURES = {
-    name: native.vllm_model
-    for native in NATIVE_MODELS
-    for name in native.architectures
-    if native.vllm_model is not None
+MISSING = {
+    "diffusion_gemma": "DiffusionGemma replaces tokens by random ones instead of a mask token, for which there is no "
+    "likelihood, sampler or trajectory here, and its experts are one tensor per layer; use LLaDA2 or "
+    "Nemotron-Labs-Diffusion",
 }
-"""Class name in config.json → place of the vLLM class, as in :attr:`NativeModel.vllm_model`."""
+"""``model_type`` of models that people ask for → what is missing for them."""
+
+
+def _list_architectures(native: NativeModel) -> None:
+    place = native.vllm_place()
+    if place is not None:
+        ARCHITECTURES.update(dict.fromkeys(native.architectures, place))
+
+
+for _native in NATIVE_MODELS:
+    _list_architectures(_native)
+
+
+def list_native_model(native: NativeModel) -> None:
+    """Add a row to the list while the program runs; see ``sinkprune_plugin.models.add_native_model``.
+
+    :param native: the row
+    :raises UsageError: if there is a model of its type or architecture
+    """
+    for other in NATIVE_MODELS:
+        same = {native.model_type} & {other.model_type} or set(native.architectures) & set(other.architectures)
+        if same:
+            raise UsageError(
+                f"{sorted(same)[0]!r} is in the catalogue already, for {other.models}; choose another name"
+            )
+    NATIVE_MODELS.append(native)
+    _list_architectures(native)

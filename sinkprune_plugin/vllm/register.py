@@ -74,4 +74,4 @@ def register_models() -> None:
     from sinkprune_plugin.models.catalogue import ARCHITECTURES
 
     for architecture, place in ARCHITECTURES.items():
-        ModelRegistry.register_model(architecture, f"sinkprune_plugin.vllm.architectures.{place}")
+        ModelRegistry.register_model(architecture, place)

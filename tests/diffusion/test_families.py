@@ -77,7 +77,7 @@ def test_mask_id_of_the_wrong_type(mask_id):
         resolve_diffusion(config(mask_token_id=mask_id))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "diffusion_gemma", None])
+@pytest.mark.parametrize("model_type", ["llama", "diffusion_x", None])
 def test_unknown_family_names_the_known_ones_and_the_way_to_add_one(model_type):
     with pytest.raises(UsageError) as caught:
         resolve_diffusion(SimpleNamespace(model_type=model_type, vocab_size=100))
@@ -85,6 +85,13 @@ def test_unknown_family_names_the_known_ones_and_the_way_to_add_one(model_type):
     assert "\n" not in message
     for part in (repr(model_type), "llada", "mmada", "Dream", "register_family", "docs/adding-a-family.md"):
         assert part in message
+
+
+@pytest.mark.parametrize("model_type", ["diffusion_gemma", "diffusion_gemma_text", "Diffusion_Gemma"])
+def test_the_refusal_of_diffusion_gemma_says_what_is_missing(model_type):
+    with pytest.raises(UsageError, match=r"random ones instead of a mask token.*no likelihood, sampler") as caught:
+        resolve_diffusion({"model_type": model_type, "vocab_size": 100})
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_vocabulary_size():

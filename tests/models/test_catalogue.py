@@ -1,5 +1,8 @@
 """The catalogue of native models agrees with the classes that it names."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from sinkprune_plugin.diffusion import families
@@ -32,3 +35,17 @@ def test_no_model_type_or_architecture_is_listed_twice():
     architectures = [name for native in NATIVE_MODELS for name in native.architectures]
     assert len(set(types)) == len(types)
     assert len(set(architectures)) == len(architectures)
+
+
+@each_model
+def test_the_readme_has_a_row_for_it_with_tests_that_exist(native):
+    root = Path(__file__).parent.parent.parent
+    rows = [line for line in (root / "README.md").read_text().splitlines() if line.startswith("|")]
+    (row,) = [line for line in rows if line.split("|")[1].strip() == native.models]
+    named = re.findall(r"`((?:test|integration)\w*\.py)`", row)
+    assert len(named) >= 2
+    files = {path.name for folder in ("tests", "integration_tests") for path in (root / folder).rglob("test_*.py")}
+    assert set(named) <= files
+    # The page on adding a family says how it is corrupted.
+    page = (root / "docs" / "adding-a-family.md").read_text()
+    assert f"`{native.model_type}`" in page
