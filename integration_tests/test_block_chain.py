@@ -213,8 +213,9 @@ def test_lm_eval_answers_as_denoise_does(dense, tasks):
     results = evaluate(["own_choice", "own_cloze"], tasks[0], pretrained=dense[0], mc_num=2, dtype="float32")
     model, tokenizer = load_model(dense[0], torch.float32), load_tokenizer(dense[0])
     sample = samples_of(results, "own_cloze")[0]
-    prompt = tokenizer.encode(sample["arguments"]["gen_args_0"]["arg_0"], add_special_tokens=False)
+    prompt = tokenizer.encode(sample["doc"]["stem"], add_special_tokens=False)
     (tokens,) = denoise(model, torch.tensor(prompt), gen_length=20, eos_token_ids={1}).sequences
+    # Cut at the end-of-sequence token, and at the task's first stop string.
     text = tokenizer.decode([token for token in tokens.tolist() if token != 1], skip_special_tokens=True)
     for stop in (".", ";"):
         text = text.split(stop)[0]

@@ -109,5 +109,7 @@ def test_a_request_that_is_preempted_reads_its_blocks_again(engine, plain):
     ],
 )
 def test_what_the_model_was_not_trained_for_is_refused(engine, options, words):
-    with pytest.raises(ValueError, match=words):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match=words):
         engine.generate([{"prompt_token_ids": [5, 6]}], [params(16, **options)], use_tqdm=False)
