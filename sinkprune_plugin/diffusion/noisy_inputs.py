@@ -6,6 +6,7 @@ that one forward pass has every block open in turn; see :func:`~sinkprune_plugin
 """
 
 import functools
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = [
     "check_blocks",
     "clean_inputs",
     "context_tokens",
+    "keeps_logits",
     "noisy_inputs",
     "predict_noisy",
 ]
@@ -109,18 +111,25 @@ def clean_inputs(clean_ids: torch.Tensor, spec: DiffusionSpec, valid: torch.Tens
 def predict_noisy(model: Any, inputs: NoisyInputs, device: torch.device) -> torch.Tensor:
     """Logits of the noisy tokens.
 
-    :param model: called with ``inputs.arguments``; of a model that denoises block by block also with
-        ``logits_to_keep``, as in transformers
+    :param model: called with ``inputs.arguments``, and where there is context and it takes it with ``logits_to_keep``
     :param inputs: the arguments, on any device
     :param device: of the model's input
     :return: (B, N, V)
     """
     arguments: dict[str, Any] = {name: value.to(device) for name, value in inputs.arguments.items()}
     count = arguments["input_ids"].shape[1] - inputs.context
-    if inputs.context:
+    if inputs.context and keeps_logits(model):
         arguments["logits_to_keep"] = count
     logits: torch.Tensor = model(**arguments).logits
-    return logits
+    return logits[:, -count:]
+
+
+def keeps_logits(model: Any) -> bool:
+    """Whether a model computes the logits of the last positions only, if asked to.
+
+    :param model: transformers model
+    """
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def context_tokens(length: int, spec: DiffusionSpec) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from sinkprune_plugin.diffusion import DiffusionSpec
+from sinkprune_plugin.diffusion.noisy_inputs import keeps_logits
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.block_attention import context_mask
 from sinkprune_plugin.sampling.guidance import guided_logits
@@ -155,8 +156,10 @@ class DenoisingBatch:
             self._keep_before(self._forward(begin, end)[:, -1:])
             return
         mask = context_mask(end - begin, spec.block_length, spec.context, first=begin)[None, None]
-        logits = self._forward(begin, end, attention_mask=mask.to(self._tokens.device), logits_to_keep=1)
-        self._keep_before(logits)
+        # Those of a long prompt would be the largest tensor of all.
+        last = {"logits_to_keep": 1} if keeps_logits(self._model) else {}
+        logits = self._forward(begin, end, attention_mask=mask.to(self._tokens.device), **last)
+        self._keep_before(logits[:, -1:])
 
     def _keep_before(self, logits: torch.Tensor) -> None:
         if self._spec.logit_shift:
