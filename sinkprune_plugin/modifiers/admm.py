@@ -39,6 +39,8 @@ class SinkAwareADMMModifier(HessianModifierBase):
     :param gradual_iterations: iterations over which the mask grows
     :param penalty: ρ of ADMM, in units of the Hessian's diagonal
     :param refine: ``conjugate_gradient`` solves for the weights on the final mask, ``none`` keeps those of ADMM
+    :param mask_swaps: after that, exchange a kept and a removed weight of a row as long as it lowers the row's error,
+        so many times at most
     """
 
     within_block: Literal["sequential", "parallel"] = "sequential"
@@ -47,6 +49,7 @@ class SinkAwareADMMModifier(HessianModifierBase):
     gradual_iterations: int = 15
     penalty: float = Field(default=0.5, gt=0.0, allow_inf_nan=False)
     refine: Literal["none", "conjugate_gradient"] = "conjugate_gradient"
+    mask_swaps: int = Field(default=0, ge=0)
 
     _options: ADMMOptions = PrivateAttr()
 
@@ -58,6 +61,7 @@ class SinkAwareADMMModifier(HessianModifierBase):
             iterations=self.iterations,
             gradual_iterations=self.gradual_iterations,
             penalty=self.penalty,
+            mask_swaps=self.mask_swaps,
             **({} if self.refine == "conjugate_gradient" else {"refine_iterations": 0}),
         )
         return self

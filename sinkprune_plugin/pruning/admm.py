@@ -15,8 +15,12 @@ from sinkprune_plugin.pruning.hessian import PreparedHessian, row_chunks
 from sinkprune_plugin.pruning.patterns import MaskStructure
 from sinkprune_plugin.pruning.reconstruct import conjugate_gradient
 from sinkprune_plugin.pruning.selection import mark_smallest
+from sinkprune_plugin.pruning.swaps import exchange
 
 __all__ = ["ADMMOptions", "solve", "solver_bytes"]
+
+# Of a row, before its weights are solved for again: weights that fit the new mask make further exchanges pay.
+_EXCHANGES_AT_ONCE = 5
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class ADMMOptions:
     :param gradual_iterations: iterations over which the mask grows to its final size; later ones keep it as it is
     :param penalty: ρ, weight of the agreement between dense and pruned variables; the Hessian's diagonal is 1
     :param refine_iterations: steps of conjugate gradients on the final mask, 0 for none
+    :param mask_swaps: exchanges of a kept and a removed weight in each row, at most; see :mod:`.swaps`
     :raises UsageError: if a number is out of range
     """
 
@@ -34,6 +39,7 @@ class ADMMOptions:
     gradual_iterations: int = 15
     penalty: float = 0.5
     refine_iterations: int = 10
+    mask_swaps: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.gradual_iterations <= self.iterations:
@@ -45,6 +51,8 @@ class ADMMOptions:
             raise UsageError(f"penalty is {self.penalty:g}; it must be positive, for instance 0.5")
         if self.refine_iterations < 0:
             raise UsageError(f"refine_iterations is {self.refine_iterations}; it can't be negative")
+        if self.mask_swaps < 0:
+            raise UsageError(f"mask_swaps is {self.mask_swaps}; it can't be negative, and 0 makes none")
 
 
 def solve(
@@ -90,6 +98,11 @@ def solve(
             selection.update(mask, 1.0 - (1.0 - iteration / options.gradual_iterations) ** 3)
     Z = V.masked_fill_(mask, 0.0)
     if options.refine_iterations:
+        conjugate_gradient(Z, target, mask, hessian.normalised, options.refine_iterations)
+    for made in range(0, options.mask_swaps, _EXCHANGES_AT_ONCE):
+        most = min(_EXCHANGES_AT_ONCE, options.mask_swaps - made)
+        if not exchange(Z, mask, target, hessian.normalised, structure, fixed, most):
+            break
         conjugate_gradient(Z, target, mask, hessian.normalised, options.refine_iterations)
     loss = hessian.error(target.sub_(Z))
     return Z.div_(hessian.scale).to(W.dtype), loss
