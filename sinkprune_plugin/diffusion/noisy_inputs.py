@@ -125,7 +125,7 @@ def predict_noisy(model: Any, inputs: NoisyInputs, device: torch.device) -> torc
 
 
 def keeps_logits(model: Any) -> bool:
-    """Whether a model computes the logits of the last positions only, if asked to.
+    """Whether a model computes the logits of some positions only, if asked to as in transformers.
 
     :param model: transformers model
     """

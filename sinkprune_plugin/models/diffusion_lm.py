@@ -10,7 +10,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from sinkprune_plugin.errors import UsageError
 
-__all__ = ["DiffusionLM", "HiddenStates", "check_call", "lm_output"]
+__all__ = ["DiffusionLM", "HiddenStates", "check_call", "kept_positions", "lm_output"]
 
 _GENERATION_FILE = "generation_config.json"
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -122,6 +122,18 @@ def check_call(
     for argument, value in unsupported.items():
         if value is not None and value is not False:
             raise UsageError(f"{name} doesn't support {argument}; leave it out")
+
+
+def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """What the vocabulary projection is applied to; its logits may take more memory than the model.
+
+    :param hidden_states: (B, T, d)
+    :param logits_to_keep: as in transformers: so many of the last positions, 0 for all, or (n,) int64 positions
+    :return: (B, n, d)
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    return hidden_states[:, logits_to_keep]
 
 
 def lm_output(

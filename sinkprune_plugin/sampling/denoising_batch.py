@@ -41,6 +41,7 @@ class DenoisingBatch:
         keep_trajectory: bool = False,
     ) -> None:
         self._model, self._options, self._spec = model, options, spec
+        self._keeps_logits = keeps_logits(model)
         self._eos = torch.tensor(sorted(eos), dtype=torch.int64, device=prompts.device)
         self._prompt_length = prompts.shape[1]
         canvas = prompts.new_full((len(prompts), options.gen_length), spec.mask_token_id)
@@ -138,16 +139,24 @@ class DenoisingBatch:
         """Logits that predict the block's positions, (rows, width, V)."""
         shift, cache, length = self._spec.logit_shift, self._options.cache, self._tokens.shape[1]
         if cache == "none" or (cache != "commit" and refresh):
-            logits = self._guided(self._forward(0, length))
-            self._keep_before(logits[:, begin - 1 : begin])
-            return logits[:, begin - shift : end - shift]
+            # The first of them is the one before the block's first position, where logits are shifted.
+            logits = self._kept(0, length, begin - shift, end - shift)
+            self._keep_before(logits[:, :1])
+            return logits
         if cache == "prefix":
-            logits = self._forward(begin, length)
+            logits = self._kept(begin, length, begin, end)
         else:
             logits = self._forward(begin, end, visible=length if cache == "dual" else end)
         if self._before is None:
-            return logits[:, : end - begin]
-        return torch.cat([self._before, logits[:, : end - begin - 1]], dim=1)
+            return logits
+        return torch.cat([self._before, logits[:, :-1]], dim=1)
+
+    def _kept(self, begin: int, end: int, first: int, last: int) -> torch.Tensor:
+        """Logits of some positions of a forward pass, ``first`` to ``last``; those of all are the largest tensor."""
+        if self._keeps_logits and not self._options.cfg_scale:
+            positions = torch.arange(first - begin, last - begin, device=self._tokens.device)
+            return self._forward(begin, end, logits_to_keep=positions)
+        return self._guided(self._forward(begin, end))[:, first - begin : last - begin]
 
     def _commit(self, begin: int, end: int) -> None:
         """Keep keys and values of final tokens, which see each other as the model's context does."""
@@ -157,7 +166,7 @@ class DenoisingBatch:
             return
         mask = context_mask(end - begin, spec.block_length, spec.context, first=begin)[None, None]
         # Those of a long prompt would be the largest tensor of all.
-        last = {"logits_to_keep": 1} if keeps_logits(self._model) else {}
+        last = {"logits_to_keep": 1} if self._keeps_logits else {}
         logits = self._forward(begin, end, attention_mask=mask.to(self._tokens.device), **last)
         self._keep_before(logits[:, -1:])
 
@@ -170,7 +179,7 @@ class DenoisingBatch:
         self.forwards += 1
         tokens = self._tokens[self._active, begin:end]
         if self._options.cache == "none":
-            return torch.as_tensor(self._model(input_ids=tokens).logits)
+            return torch.as_tensor(self._model(input_ids=tokens, **arguments).logits)
         positions = torch.arange(begin, end, device=tokens.device)[None]
         with self._cache.computing(begin, end, visible=visible):
             return torch.as_tensor(self._model(input_ids=tokens, position_ids=positions, **arguments).logits)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sinkprune_plugin.diffusion import families
+from sinkprune_plugin.diffusion.noisy_inputs import keeps_logits
 from sinkprune_plugin.models.catalogue import NATIVE_MODELS
 
 each_model = pytest.mark.parametrize("native", NATIVE_MODELS, ids=lambda native: native.model_type)
@@ -22,6 +23,11 @@ def test_names_resolve_to_classes_that_belong_together(native):
 @each_model
 def test_what_transformers_writes_as_architecture_is_served(native):
     assert native.model_class().__name__ in native.architectures
+
+
+@each_model
+def test_logits_of_some_positions_can_be_had(native):
+    assert keeps_logits(native.model_class())
 
 
 def test_every_model_type_of_a_native_family_has_a_native_class_and_no_other_has():

@@ -74,6 +74,8 @@ def test_a_mask_of_the_callers(checkpoint):
     torch.testing.assert_close(model(ids, mask).logits[0], plain_llada2(tensors, config, ids[0], visible), **CLOSE)
     # Products of other shapes sum in another order.
     torch.testing.assert_close(model(ids, mask, logits_to_keep=2).logits, model(ids, mask).logits[:, -2:], **CLOSE)
+    some = torch.tensor([0, 3])
+    torch.testing.assert_close(model(ids, mask, logits_to_keep=some).logits, model(ids, mask).logits[:, some], **CLOSE)
 
 
 @torch.no_grad()

@@ -105,6 +105,13 @@ def test_any_shape_with_padding_equals_the_plain_forward(
 
 
 @torch.no_grad()
+def test_logits_of_some_positions(checkpoint):
+    *_, model = checkpoint
+    ids = random_ids(40, 1, 9)
+    # Fewer rows may be summed in another order.
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, model(ids).logits[:, [1, 4]])
+
+
 def test_layers_with_numbers_of_experts_of_their_own(tmp_path):
     config, tensors = write_llada_moe(tmp_path, experts=[5, 3])
     (tmp_path / "config.json").write_text(json.dumps(sized(config, [5, 3])))

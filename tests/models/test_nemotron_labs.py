@@ -69,6 +69,8 @@ def test_logits_equal_the_plain_forward(changes, tmp_path):
     model = load(tmp_path)
     torch.testing.assert_close(model(ids[None]).logits[0], expected, **CLOSE)
     torch.testing.assert_close(model(ids[None], logits_to_keep=4).logits[0], expected[-4:], **CLOSE)
+    some = torch.tensor([0, 2])
+    torch.testing.assert_close(model(ids[None], logits_to_keep=some).logits[0], expected[some], **CLOSE)
 
 
 @given(

@@ -38,6 +38,41 @@ def random_models(tmp_path_factory):
     return {name: load_model(folder / name, torch.float32) for name in ("llada", "dream")}
 
 
+class Projected:
+    """Rows that a model's vocabulary projection computes, call by call."""
+
+    def __init__(self, model):
+        self.rows = []
+        self.handle = model.get_output_embeddings().register_forward_pre_hook(self.note)
+
+    def note(self, _module, inputs):
+        self.rows.append(inputs[0].shape[1])
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "commit"])
+def test_only_logits_of_the_open_block_are_computed(family, cache, random_models):
+    """Those of all positions would be the largest tensor of all: 2 GB for 8 × 1024 positions of LLaDA-8B."""
+    model = random_models[family]
+    projected = Projected(model)
+    try:
+        denoise(model, random_prompt(0, 10), gen_length=24, block_length=8, cache=cache)
+    finally:
+        projected.handle.remove()
+    # A commit's pass over final tokens is about keys and values.
+    passes = [8] * 24 if cache != "commit" else [10, *[8] * 8, 8, *[8] * 8, 8, *[8] * 8]
+    assert projected.rows == passes
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_logits_to_keep_are_those_of_all_positions(family, random_models):
+    model, ids = random_models[family], random_prompt(1, 12)[None]
+    every = model(ids).logits
+    # Fewer rows may be summed in another order.
+    torch.testing.assert_close(model(ids, logits_to_keep=3).logits, every[:, -3:])
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([2, 7])).logits, every[:, [2, 7]])
+
+
 def random_prompt(seed, length):
     # Ids beyond the special tokens of all models here.
     return torch.randint(4, 88, (length,), generator=torch.Generator().manual_seed(seed))

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sinkprune_plugin.models.bidirectional_attention import AttentionMask, attend, split_heads
-from sinkprune_plugin.models.diffusion_lm import DiffusionLM, HiddenStates, check_call, lm_output
+from sinkprune_plugin.models.diffusion_lm import DiffusionLM, HiddenStates, check_call, kept_positions, lm_output
 from sinkprune_plugin.models.dream.configuration_dream import DreamConfig
 from sinkprune_plugin.models.rms_norm import RMSNorm
 from sinkprune_plugin.models.rotary import RotaryTables, apply_rotary
@@ -191,6 +191,7 @@ class DreamModel(DiffusionLM):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
     ) -> Any:
         """Logits for every position.
 
@@ -203,7 +204,8 @@ class DreamModel(DiffusionLM):
         :param output_attentions: refused; see ``sinkprune_plugin.sinks`` for where attention goes
         :param output_hidden_states: also return the hidden states
         :param return_dict: False for a tuple
-        :return: ``CausalLMOutputWithPast`` with ``logits`` (B, T, vocab_size)
+        :param logits_to_keep: logits of the last so many positions only, or of these (n,) positions; 0 for all
+        :return: ``CausalLMOutputWithPast`` with ``logits`` (B, T or n, vocab_size)
         :raises UsageError: for an argument that a diffusion LM can't honour
         """
         check_call(
@@ -216,7 +218,7 @@ class DreamModel(DiffusionLM):
         )
         states = HiddenStates(output_hidden_states, self.config.output_hidden_states)
         hidden_states = self.model(input_ids, attention_mask, position_ids, inputs_embeds, states)
-        return lm_output(self, self.lm_head(hidden_states), states.states, return_dict)
+        return lm_output(self, self.lm_head(kept_positions(hidden_states, logits_to_keep)), states.states, return_dict)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding table."""

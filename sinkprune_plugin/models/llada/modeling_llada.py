@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sinkprune_plugin.models.bidirectional_attention import AttentionMask, attend, split_heads
-from sinkprune_plugin.models.diffusion_lm import DiffusionLM, HiddenStates, check_call, lm_output
+from sinkprune_plugin.models.diffusion_lm import DiffusionLM, HiddenStates, check_call, kept_positions, lm_output
 from sinkprune_plugin.models.llada.configuration_llada import LLaDAConfig, MMaDAConfig
 from sinkprune_plugin.models.rms_norm import RMSNorm
 from sinkprune_plugin.models.rotary import RotaryTables, apply_rotary
@@ -190,6 +190,7 @@ class LLaDAModelLM(DiffusionLM):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         position_ids: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
     ) -> Any:
         """Logits for every position; the order of the arguments is that of the official class.
 
@@ -203,7 +204,8 @@ class LLaDAModelLM(DiffusionLM):
         :param output_hidden_states: also return the hidden states
         :param return_dict: False for a tuple
         :param position_ids: (B, T) or (1, T) positions of the tokens; 0 … T - 1 without them
-        :return: ``CausalLMOutputWithPast`` with ``logits`` (B, T, embedding rows)
+        :param logits_to_keep: logits of the last so many positions only, or of these (n,) positions; 0 for all
+        :return: ``CausalLMOutputWithPast`` with ``logits`` (B, T or n, embedding rows)
         :raises UsageError: for an argument that a diffusion LM can't honour
         """
         check_call(
@@ -217,7 +219,7 @@ class LLaDAModelLM(DiffusionLM):
         )
         states = HiddenStates(output_hidden_states, self.config.output_hidden_states)
         hidden_states = self.model(input_ids, inputs_embeds, attention_mask, states, position_ids)
-        logits = self.model.transformer.ff_out(hidden_states)
+        logits = self.model.transformer.ff_out(kept_positions(hidden_states, logits_to_keep))
         return lm_output(self, logits, states.states, return_dict)
 
     def get_input_embeddings(self) -> nn.Module:

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sinkprune_plugin.models.bidirectional_attention import attend, split_heads
 from sinkprune_plugin.models.block_attention import BlockAttentionMask
-from sinkprune_plugin.models.diffusion_lm import DiffusionLM, HiddenStates, check_call, lm_output
+from sinkprune_plugin.models.diffusion_lm import DiffusionLM, HiddenStates, check_call, kept_positions, lm_output
 from sinkprune_plugin.models.experts import GatedMLP, GroupedSigmoidRouter, MoELayer, Router
 from sinkprune_plugin.models.llada2_moe.configuration_llada2_moe import LLaDA2MoeConfig
 from sinkprune_plugin.models.rms_norm import RMSNorm
@@ -199,7 +199,7 @@ class LLaDA2MoeModelLM(_LLaDA2Moe):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         output_router_logits: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
     ) -> Any:
         """Logits for every position.
 
@@ -213,8 +213,8 @@ class LLaDA2MoeModelLM(_LLaDA2Moe):
         :param output_hidden_states: also return the hidden states
         :param return_dict: False for a tuple
         :param output_router_logits: refused; a hook on a router sees what it chose
-        :param logits_to_keep: logits of the last so many positions only; 0 for all
-        :return: ``CausalLMOutputWithPast`` with ``logits`` (B, T or ``logits_to_keep``, vocab_size)
+        :param logits_to_keep: logits of the last so many positions only, or of these (n,) positions; 0 for all
+        :return: ``CausalLMOutputWithPast`` with ``logits`` (B, T or n, vocab_size)
         :raises UsageError: for an argument that a diffusion LM can't honour
         """
         check_call(
@@ -228,7 +228,7 @@ class LLaDA2MoeModelLM(_LLaDA2Moe):
         )
         states = HiddenStates(output_hidden_states, self.config.output_hidden_states)
         hidden_states = self.model(input_ids, attention_mask, position_ids, inputs_embeds, states)
-        return lm_output(self, self.lm_head(hidden_states[:, -logits_to_keep:]), states.states, return_dict)
+        return lm_output(self, self.lm_head(kept_positions(hidden_states, logits_to_keep)), states.states, return_dict)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding table."""

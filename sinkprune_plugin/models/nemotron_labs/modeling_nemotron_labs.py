@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sinkprune_plugin.models.bidirectional_attention import attend, split_heads
 from sinkprune_plugin.models.block_attention import BlockAttentionMask
-from sinkprune_plugin.models.diffusion_lm import DiffusionLM, HiddenStates, check_call, lm_output
+from sinkprune_plugin.models.diffusion_lm import DiffusionLM, HiddenStates, check_call, kept_positions, lm_output
 from sinkprune_plugin.models.nemotron_labs.configuration_nemotron_labs import NemotronLabsDiffusionConfig
 from sinkprune_plugin.models.rms_norm import RMSNorm
 from sinkprune_plugin.models.rotary import RotaryTables, apply_rotary
@@ -228,7 +228,7 @@ class NemotronLabsDiffusionModel(DiffusionLM):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
     ) -> Any:
         """Logits for every position.
 
@@ -241,8 +241,8 @@ class NemotronLabsDiffusionModel(DiffusionLM):
         :param output_attentions: refused; see ``sinkprune_plugin.sinks`` for where attention goes
         :param output_hidden_states: also return the hidden states
         :param return_dict: False for a tuple
-        :param logits_to_keep: logits of the last so many positions only; 0 for all
-        :return: ``CausalLMOutputWithPast`` with ``logits`` (B, T or ``logits_to_keep``, V)
+        :param logits_to_keep: logits of the last so many positions only, or of these (n,) positions; 0 for all
+        :return: ``CausalLMOutputWithPast`` with ``logits`` (B, T or n, V)
         :raises UsageError: for an argument that a diffusion LM can't honour
         """
         check_call(
@@ -255,7 +255,7 @@ class NemotronLabsDiffusionModel(DiffusionLM):
         )
         states = HiddenStates(output_hidden_states, self.config.output_hidden_states)
         hidden_states = self.encoder(input_ids, attention_mask, position_ids, inputs_embeds, states)
-        logits = self.diffusion_head(hidden_states[:, -logits_to_keep:])
+        logits = self.diffusion_head(kept_positions(hidden_states, logits_to_keep))
         return lm_output(self, logits, states.states, return_dict)
 
     def get_input_embeddings(self) -> nn.Module:
