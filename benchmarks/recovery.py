@@ -2,12 +2,13 @@
 
     python benchmarks/recovery.py --text train.jsonl          # prunes, recovers, evaluates: 6 minutes a row on one core
     python benchmarks/recovery.py --text train.jsonl --cases 75% --options '{"patience": 0}'
+    python benchmarks/recovery.py --text train.jsonl --cases 50%-channels 90%
     python benchmarks/recovery.py --dry-run                   # memory and operations for LLaDA-8B, nothing is run
 
-Pruning is the ADMM modifier's default on the 16 windows of the golden runs; evaluation is the recorded corruption of
-the golden runs, on text that is in neither. The dry run counts the operations of a forward and backward pass without
-memory (torch's FlopCounterMode on the meta device) and the bytes of what must be held; its times are those numbers
-divided by rates of a card, an estimate and not a measurement.
+Pruning is the ADMM modifier's default, or the structured modifier's, on the 16 windows of the golden runs; evaluation
+is the recorded corruption of the golden runs, on text that is in neither. The dry run counts the operations of a
+forward and backward pass without memory (torch's FlopCounterMode on the meta device) and the bytes of what must be
+held; its times are those numbers divided by rates of a card, an estimate and not a measurement.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llmcompressor.modifiers import Modifier
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -30,32 +32,39 @@ from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 from sinkprune_plugin.models.decoder_blocks import block_linears
 from sinkprune_plugin.modifiers.admm import SinkAwareADMMModifier
 from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot
+from sinkprune_plugin.modifiers.structured import SinkAwareStructuredModifier
 from sinkprune_plugin.recovery.options import RecoveryOptions
 from sinkprune_plugin.recovery.recover import recover
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "fixtures" / "golden"
-CASES: dict[str, tuple[float, str]] = {
-    "75%": (0.75, "0:0"),
-    "2:4": (0.5, "2:4"),
-    "90%": (0.9, "0:0"),
+# The modifier of each case, and its fields.
+CASES: dict[str, tuple[type[Modifier], dict[str, Any]]] = {
+    "75%": (SinkAwareADMMModifier, {"sparsity": 0.75}),
+    "2:4": (SinkAwareADMMModifier, {"mask_structure": "2:4"}),
+    "90%": (SinkAwareADMMModifier, {"sparsity": 0.9}),
+    "50%-channels": (SinkAwareStructuredModifier, {"mlp_channels": 0.5}),
 }
 SEQ_LEN = 256
 ADAPTER_RANK = 16
 
 
-def evaluate(directory: Path) -> float:
+def evaluate(model: torch.nn.Module) -> float:
     """ELBO perplexity on the golden evaluation text."""
     recorded = load_file(GOLDEN / "evaluation.safetensors")
     clean, noisy = (recorded[name].long() for name in ("clean_ids", "noisy_ids"))
-    return perplexity_on(load_model(directory, torch.float32), clean, noisy, recorded["p_mask"], batch_size=16)[0]
+    return round(perplexity_on(model, clean, noisy, recorded["p_mask"], batch_size=16)[0], 2)
+
+
+def calibration_windows() -> torch.Tensor:
+    """The (16, 256) int64 windows that the golden runs were calibrated on."""
+    return load_file(GOLDEN / "calibration.safetensors")["input_ids"].long()
 
 
 def prune(case: str, directory: Path) -> Path:
     """Prune tiny-llada and save it in its own precision."""
-    sparsity, structure = CASES[case]
+    modifier, fields = CASES[case]
     model, tokenizer = load_model(EMBEDDED_MODEL, torch.float32), load_tokenizer(EMBEDDED_MODEL)
-    windows = load_file(GOLDEN / "calibration.safetensors")["input_ids"].long()
-    run_oneshot(model, tokenizer, SinkAwareADMMModifier(sparsity=sparsity, mask_structure=structure), windows)
+    run_oneshot(model, tokenizer, modifier(**fields), calibration_windows())
     model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -71,7 +80,7 @@ def measure(text: Path | None, cases: list[str], options: RecoveryOptions) -> li
     config = load_model(EMBEDDED_MODEL).config
     tokenizer = load_tokenizer(EMBEDDED_MODEL)
     if text is None:
-        windows = load_file(GOLDEN / "calibration.safetensors")["input_ids"].long()
+        windows = calibration_windows()
     else:
         most = options.steps * options.batch_size
         windows = training_windows(config, tokenizer, str(text), length=SEQ_LEN, most=most, seed=options.seed)
@@ -86,8 +95,8 @@ def measure(text: Path | None, cases: list[str], options: RecoveryOptions) -> li
             rows.append(
                 {
                     "case": case,
-                    "pruned": round(evaluate(pruned), 2),
-                    "recovered": round(evaluate(output), 2) if output.exists() else None,
+                    "pruned": evaluate(load_model(pruned, torch.float32)),
+                    "recovered": evaluate(load_model(output, torch.float32)) if output.exists() else None,
                     "best_step": result.best_step,
                     "steps": result.steps,
                     "held_out": [round(result.held_out_before, 4), round(result.held_out_after, 4)],

@@ -205,13 +205,16 @@ def test_search_gives_an_exact_total_and_a_recipe_with_its_provenance(cls, token
 def test_a_search_that_was_interrupted_goes_on_and_ends_as_one_that_was_not(tokenizer, windows, tmp_path, monkeypatch):
     fields = {"sparsity": 0.75, "allocation": "search", "search_budget": THREE_ROUNDS, **QUICK}
     solved = []
-    original = SinkAwareWandaModifier._solve_block_levels
+    original = SinkAwareWandaModifier._sweep_statistics
 
-    def counting(self, targets, *rest):
-        solved.extend(target.name for target in targets)
-        original(self, targets, *rest)
+    def counting(self, engine, passes, targets, *rest):
+        def counted(block):
+            solved.extend(target.name for target in targets(block))
+            return targets(block)
 
-    monkeypatch.setattr(SinkAwareWandaModifier, "_solve_block_levels", counting)
+        original(self, engine, passes, counted, *rest)
+
+    monkeypatch.setattr(SinkAwareWandaModifier, "_sweep_statistics", counting)
     whole = SinkAwareWandaModifier(search_directory=str(tmp_path / "whole"), **fields)
     pruned_by(whole, tokenizer, windows)
     assert len(solved) == 42

@@ -180,7 +180,7 @@ def test_widths_by_error_keep_the_number_of_parameters(model, tokenizer, golden_
 def test_a_search_meets_its_budget(budget_of, model, tokenizer, golden_windows, tmp_path):
     dense = load_model(EMBEDDED_MODEL, torch.float32)
     tokens = golden_windows[:1, :96]
-    modifier = structured(allocation="search", budget="1.4x", budget_of=budget_of, blocks=1, search_budget=4000)
+    modifier = structured(allocation="search", budget="1.4x", budget_of=budget_of, blocks=1, search_budget=6000)
     oneshot(
         model=model,
         tokenizer=tokenizer,

@@ -11,22 +11,18 @@ from pathlib import Path
 import torch
 from compressed_tensors.offload import align_module_device, disable_onloading, get_execution_device
 
-from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.modifiers import distributed
-from sinkprune_plugin.modifiers.allocation_search import AllocationSearch, search_options
-from sinkprune_plugin.modifiers.base import SinkAwareModifierBase
 from sinkprune_plugin.modifiers.block_sparsities import targets_by_block
-from sinkprune_plugin.modifiers.input_observer import InputObserver
 from sinkprune_plugin.modifiers.level_database import LevelDatabase, weight_bytes
-from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, PassEngine
-from sinkprune_plugin.modifiers.prediction_distance import PredictionDistance, kept_prediction_bytes, scored_passes
-from sinkprune_plugin.modifiers.run_estimate import RunEstimate, SearchPlan, SweepPlan
+from sinkprune_plugin.modifiers.passes import CalibrationPass, PassEngine
+from sinkprune_plugin.modifiers.run_estimate import RunEstimate, SweepPlan
 from sinkprune_plugin.modifiers.search_problem import fingerprint
+from sinkprune_plugin.modifiers.searching_base import SearchingModifierBase
+from sinkprune_plugin.modifiers.sparsity_candidates import SparsityCandidates
 from sinkprune_plugin.modifiers.targets import PruningTarget
-from sinkprune_plugin.modifiers.trajectory import TrajectoryCorruption
 from sinkprune_plugin.outputs import check_output
 from sinkprune_plugin.pruning.allocation import equal_marginal_error, linear_over_depth
-from sinkprune_plugin.pruning.evolution import Candidate
+from sinkprune_plugin.pruning.evolution import Candidate, SearchState
 from sinkprune_plugin.pruning.level_grid import LevelGrid
 from sinkprune_plugin.termination import removed_on_termination
 
@@ -35,11 +31,8 @@ __all__ = ["AllocatingModifierBase"]
 # Receives a target's name, its pruned weight (rows, C) at each level of its block, and the errors.
 ReceiveLevels = Callable[[str, list[torch.Tensor], list[float]], None]
 
-# The search measures on other noise than the one that the weights are solved on.
-NOISE_OF_SEARCH = 1_000_003
 
-
-class AllocatingModifierBase(SinkAwareModifierBase):
+class AllocatingModifierBase(SearchingModifierBase):
     """Abstract base of the modifiers, with the allocations that take a calibration of their own.
 
     ``error`` and ``search`` solve every Linear at several levels, in one sweep with the dense model's inputs. A level's
@@ -66,23 +59,24 @@ class AllocatingModifierBase(SinkAwareModifierBase):
     def estimate(self, model: torch.nn.Module, num_batches: int, tokens: int) -> RunEstimate:
         """See the base class; with what a search takes."""
         estimate = super().estimate(model, num_batches, tokens)
-        if not self.measures_allocation or self.allocation != "search":
+        if estimate.search is None or not self.measures_allocation:
             return estimate
         with disable_onloading():
-            return replace(estimate, search=self._search_plan(num_batches, tokens))
+            on_disk, decoded = self._database_bytes()
+        return replace(estimate, search=replace(estimate.search, database_bytes=on_disk, decoded_bytes=decoded))
 
     def _check_room(self, model: torch.nn.Module, estimate: RunEstimate) -> None:
         super()._check_room(model, estimate)
         if self.measures_allocation:
             # Refuses what leaves nothing to choose.
             self._level_grid()
-        if estimate.search is None:
+        if estimate.search is None or not self.measures_allocation:
             return
         if self.search_directory is None:
             directory = Path(tempfile.gettempdir())
             check_output(directory, overwrite=True, needed_bytes=estimate.search.database_bytes)
         else:
-            self._open_database(model, Path(self.search_directory), estimate.search)
+            self._open_database(model, Path(self.search_directory))
 
     def _level_sweeps(self, plan: SweepPlan) -> tuple[SweepPlan, ...]:
         """The sweep of the allocation, for :meth:`_sweeps`.
@@ -91,23 +85,19 @@ class AllocatingModifierBase(SinkAwareModifierBase):
         """
         return (replace(plan, runs_per_block=1, streams=1),) if self.measures_allocation else ()
 
-    def _search_plan(self, num_batches: int, tokens: int) -> SearchPlan:
+    def _database_bytes(self) -> tuple[int, int]:
+        """Of all weights at all levels: bytes on disk, and bytes of the same decoded."""
         grid, by_block = self._level_grid()
-        passes = num_batches * len(self._grid) * distributed.world_size()
-        options = search_options(self.search_budget, tokens // num_batches, passes, len(by_block), self.seed)
         weights = [
             (target.module.weight, level)
             for group, levels in zip(by_block.values(), grid.sparsities, strict=True)
             for target in group
             for level in levels
         ]
-        return SearchPlan(
-            tokens=options.rounds * options.round_tokens,
-            candidates=options.rounds * options.round_candidates,
-            database_bytes=sum(weight_bytes(W, level) for W, level in weights),
-            decoded_bytes=sum(W.nbytes for W, _ in weights),
-            prediction_bytes=kept_prediction_bytes(tokens, self._grid),
-        )
+        return sum(weight_bytes(W, level) for W, level in weights), sum(W.nbytes for W, _ in weights)
+
+    def _groups_of_levels(self) -> int:
+        return len(targets_by_block(self._targets))
 
     def _level_grid(self) -> tuple[LevelGrid, dict[int, list[PruningTarget]]]:
         """Levels of the blocks that have targets, and these targets."""
@@ -142,9 +132,7 @@ class AllocatingModifierBase(SinkAwareModifierBase):
             chosen = _by_error(grid, by_block, errors)
             note = "error: equal marginal error"
         else:
-            with disable_onloading():
-                plan = self._search_plan(len(self._batches), sum(batch.input_ids.numel() for batch in self._batches))
-            with self._database(engine.model, plan) as database:
+            with self._database(engine.model) as database:
                 chosen, note = self._search_sparsities(engine, passes, grid, by_block, database)
         by_index = dict(zip(by_block, chosen, strict=True))
         self._settle([by_index.get(index, grid.total) for index in range(len(self._blocks))], note)
@@ -163,26 +151,23 @@ class AllocatingModifierBase(SinkAwareModifierBase):
         distributed.barrier()
         errors = {target.name: database.errors(target.name) for group in by_block.values() for target in group}
         start = self._start(grid, _by_error(grid, by_block, errors))
-        assert self._corruption is not None  # set in on_initialize
-        corruption = self._corruption
-        if isinstance(corruption, TrajectoryCorruption):
-            corruption = replace(corruption, seed=self.seed + NOISE_OF_SEARCH)
-        spec = resolve_diffusion(engine.model.config, mask_token_id=self.mask_token_id)
-        scored = scored_passes(self._batches, self._grid, corruption, spec, self.noise_eps)
-        distance = PredictionDistance(engine.model, self._blocks, scored, spec, hidden_states=self.hidden_states)
-        search = AllocationSearch(grid, by_block, database, distance)
-        counts = distributed.gather_objects((len(self._batches), sum(b.input_ids.numel() for b in self._batches)))
-        batches, tokens = (sum(column) for column in zip(*counts, strict=True))
-        options = search_options(
-            self.search_budget, tokens // batches, batches * len(self._grid), len(by_block), self.seed
+        saved = database.read_state()
+        # Nobody writes before all have read.
+        distributed.barrier()
+
+        def save(state: SearchState) -> None:
+            if distributed.rank() == 0:
+                database.write_state(state.to_json())
+
+        best, note = self._search(
+            engine,
+            grid.space,
+            SparsityCandidates(by_block, database),
+            start,
+            state=None if saved is None else SearchState.from_json(saved),
+            after_round=save,
         )
-        state = search.run(options, start, title=self._title("searching the allocation"))
-        best, uniform = search.measure(state.best), search.measure(grid.uniform)
-        note = (
-            f"search: {state.tokens} forward tokens in {state.rounds} rounds, seed {self.seed}, distance to the dense "
-            f"model's predictions {best:.4f} nats per token (uniform {uniform:.4f})"
-        )
-        return grid.values(state.best), note
+        return grid.values(best), note
 
     def _start(self, grid: LevelGrid, by_error: Sequence[float]) -> list[Candidate]:
         """Candidates of the first round: uniform, sparsity falling and rising over the depth, equal marginal error."""
@@ -191,26 +176,28 @@ class AllocatingModifierBase(SinkAwareModifierBase):
         return [grid.uniform, *(candidate for candidate in near if candidate is not None)]
 
     @contextlib.contextmanager
-    def _database(self, model: torch.nn.Module, plan: SearchPlan) -> Iterator[LevelDatabase]:
+    def _database(self, model: torch.nn.Module) -> Iterator[LevelDatabase]:
         """The database in ``search_directory``, or in a directory that is removed at the end."""
         if self.search_directory is not None:
-            yield self._open_database(model, Path(self.search_directory), plan)
+            yield self._open_database(model, Path(self.search_directory))
             return
         made = Path(tempfile.mkdtemp(prefix="sinkprune-search-")) if distributed.rank() == 0 else None
         directory = distributed.gather_objects(made)[0]
         with removed_on_termination(directory):
             try:
-                yield self._open_database(model, directory, plan)
+                yield self._open_database(model, directory)
                 # Nobody reads any more.
                 distributed.barrier()
             finally:
                 if made is not None:
                     shutil.rmtree(directory, ignore_errors=True)
 
-    def _open_database(self, model: torch.nn.Module, directory: Path, plan: SearchPlan) -> LevelDatabase:
+    def _open_database(self, model: torch.nn.Module, directory: Path) -> LevelDatabase:
         problem = fingerprint(self, model, self._targets, self._batches)
+        with disable_onloading():
+            on_disk, decoded = self._database_bytes()
         with distributed.failing_together():
-            return LevelDatabase(directory, problem, needed_bytes=plan.database_bytes, dense_bytes=plan.decoded_bytes)
+            return LevelDatabase(directory, problem, needed_bytes=on_disk, dense_bytes=decoded)
 
     def _solve_levels(
         self,
@@ -230,44 +217,22 @@ class AllocatingModifierBase(SinkAwareModifierBase):
         """
         by_block = targets_by_block(self._targets)
 
-        def visit(block: OnloadedBlock) -> None:
-            missing = [target for target in by_block.get(block.index, []) if not done(target.name)]
-            observer = InputObserver(missing, self._observe)
-            with distributed.failing_together():
-                handles = observer.attach(self.register_hook)
-                block.run(observer.watching, advance=True)
-                self.remove_hooks(handles)
-                observer.require_reached()
-                self._finite.require()
-            self._solve_block_levels(missing, observer.leaders, levels.get(block.index, ()), receive)
+        def solve(leader: str, group: Sequence[PruningTarget], statistics: list[torch.Tensor]) -> None:
+            device = torch.device(get_execution_device(group[0].module))
+            metric = self._error_metric(statistics).to(device, torch.float32)
+            solver = self._solver(leader, statistics, device)
+            for target in group:
+                assert target.block is not None  # the allocation refuses others
+                with align_module_device(target.module):
+                    W = target.module.weight.detach()
+                    whole = _energy(W, metric)
+                    solved = [solver(W, level)[0] for level in levels[target.block]]
+                    errors = [_energy(each - W, metric) / whole if whole else 0.0 for each in solved]
+                receive(target.name, solved, errors)
 
-        engine.sweep(
-            passes, visit, title=self._title("levels of every block"), block_runs=len(passes) * len(self._blocks)
+        self._sweep_statistics(
+            engine, passes, lambda block: [each for each in by_block.get(block, []) if not done(each.name)], solve
         )
-
-    def _solve_block_levels(
-        self,
-        targets: Sequence[PruningTarget],
-        leaders: dict[str, str],
-        levels: Sequence[float],
-        receive: ReceiveLevels,
-    ) -> None:
-        served, owners, statistics = self._summed_statistics(targets, leaders)
-        with distributed.failing_together(), torch.no_grad():
-            for leader, group in served.items():
-                mine = statistics.pop(leader)
-                if owners[leader] != distributed.rank():
-                    continue
-                device = torch.device(get_execution_device(group[0].module))
-                metric = self._error_metric(mine).to(device, torch.float32)
-                solver = self._solver(leader, mine, device)
-                for target in group:
-                    with align_module_device(target.module):
-                        W = target.module.weight.detach()
-                        whole = _energy(W, metric)
-                        solved = [solver(W, level)[0] for level in levels]
-                        errors = [_energy(each - W, metric) / whole if whole else 0.0 for each in solved]
-                    receive(target.name, solved, errors)
 
 
 def _by_error(grid: LevelGrid, by_block: dict[int, list[PruningTarget]], errors: dict[str, list[float]]) -> list[float]:

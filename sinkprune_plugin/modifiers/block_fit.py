@@ -29,6 +29,8 @@ class FitOptions:
         when to stop; 0 trains on all windows to the end
     :param evaluations: how often the held-out windows are looked at, at most
     :param patience: stop after so many looks without an improvement
+    :param judged: without held-out windows, measure the error before and after on all of them, and keep the beginning
+        where it isn't finite afterwards; False saves these passes and reports NaN
     :param train_norms: train the norms' weights too
     :param seed: seed of the order of the windows
     """
@@ -40,6 +42,7 @@ class FitOptions:
     held_out: float = 0.125
     evaluations: int = 10
     patience: int = 3
+    judged: bool = True
     train_norms: bool = False
     seed: int = 0
 
@@ -206,7 +209,8 @@ def fit_weights(
         return sum(pass_weights[each] for each in passes)
 
     judged = plan.held_out or tuple(dict.fromkeys(each for step in plan.steps for each in step))
-    before = best = mean_error(judged, learn=False)
+    measured = bool(plan.held_out) or options.judged
+    before = best = mean_error(judged, learn=False) if measured else math.nan
     kept, kept_step, done, missed = training.values(), 0, 0, 0
     for passes in plan.steps:
         for master in training.masters.values():
@@ -227,6 +231,8 @@ def fit_weights(
                 missed += 1
             if missed == options.patience:
                 break
+    if not measured:
+        return BlockFit(index, before, best, done, done), training.values()
     if not plan.held_out:
         error = mean_error(judged, learn=False)
         if not math.isfinite(error):

@@ -16,7 +16,7 @@ from sinkprune_plugin.modifiers.fit_plan import FitPlan, PassId, plan_fit
 from sinkprune_plugin.modifiers.hidden_states import Place
 from sinkprune_plugin.modifiers.passes import BlockCall, CalibrationPass, OnloadedBlock, PassEngine
 
-__all__ = ["fit_blocks"]
+__all__ = ["BlockExample", "fit_blocks"]
 
 
 def fit_blocks(
@@ -184,7 +184,7 @@ class _Recovery:
     ) -> None:
         result, fitted = fit_weights(
             block.index,
-            _Example(block, bare_copy(module), own, self._passes),
+            BlockExample(block, bare_copy(module), own, self._passes),
             {name: own[name] for name in trained},
             frozenset(name for name in trained if own[name].dim() > 1),
             self._plan,
@@ -246,7 +246,15 @@ def _compute(bare: torch.nn.Module, tensors: Mapping[str, torch.Tensor], call: B
     return compute_with(bare, tensors, call.hidden, *call.args, **call.kwargs)
 
 
-class _Example:
+class BlockExample:
+    """The passes of a sweep as :func:`fit_weights` wants them.
+
+    :param block: the block, its dense outputs passed on already
+    :param bare: the same without weights
+    :param own: its parameters and buffers
+    :param passes: all passes of the sweep
+    """
+
     def __init__(
         self,
         block: OnloadedBlock,
@@ -260,13 +268,16 @@ class _Example:
         self._passes = passes
 
     def predict(self, number: int, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See :class:`FitExample`."""
         call = self._block.call(number)
         output = _compute(self._bare, {**self._own, **tensors}, call)
         return output[0] if isinstance(output, tuple) else output
 
     def target(self, number: int) -> torch.Tensor:
+        """See :class:`FitExample`."""
         return self._block.dense_output(number)
 
     def token_weights(self, number: int) -> torch.Tensor:
+        """See :class:`FitExample`."""
         each = self._passes[number]
         return each.row_weights * each.square_scale

@@ -32,6 +32,8 @@ class SinkAwareFields(Modifier):
     :param allocation_spread: sparsity of the first block minus the mean, for ``early_sparser`` and ``late_sparser``
     :param allocation_note: how a list came about; written into the saved recipe, without effect
     :param search_budget: forward tokens that ``allocation: search`` may spend on candidates
+    :param search_recovery_steps: the candidates of a search's last stage are recovered for so many steps, block by
+        block, before they are measured; that counts in ``search_budget``
     :param search_directory: directory where a search keeps its database and state, to go on after an interruption;
         left out: a directory for temporary files, removed at the end
     :param mask_structure: ``"0:0"`` for unstructured, ``"N:M"`` for N zeros in every M consecutive input columns
@@ -62,6 +64,7 @@ class SinkAwareFields(Modifier):
     allocation_spread: float = Field(default=0.1, gt=0.0, lt=1.0)
     allocation_note: str | None = None
     search_budget: int = Field(default=4_000_000, gt=0)
+    search_recovery_steps: int = Field(default=0, ge=0)
     search_directory: str | None = None
     mask_structure: str = "0:0"
     targets: str | list[str] = Field(default_factory=lambda: ["Linear"])

@@ -218,18 +218,20 @@ class PassEngine:
                     if not block.advanced and index + 1 < len(self._blocks):
                         raise RuntimeError(f"decoder block {index} has not passed its outputs on")
 
-    def run_head(self, watch: Watch, *, title: str) -> None:
+    def run_head(self, watch: Watch, *, title: str, count: int | None = None) -> None:
         """Run what follows the last block, on the hidden states of a sweep that advanced beyond it.
 
         The blocks are skipped, so their weights aren't onloaded.
 
         :param watch: context that is entered around each pass
         :param title: name of the progress bar
+        :param count: run the first so many passes; None runs all
         """
         device = input_device(self._model)
-        bar = tqdm.tqdm(desc=title, total=len(self._passes), unit="pass", disable=not self._progress)
+        passes = self._passes[:count]
+        bar = tqdm.tqdm(desc=title, total=len(passes), unit="pass", disable=not self._progress)
         with bar, disable_offloading():
-            for number, (each, hidden) in enumerate(zip(self._passes, self._hidden.read(device), strict=True)):
+            for number, (each, hidden) in enumerate(zip(passes, self._hidden.read(device), strict=False)):
                 output = self._as_output(hidden)
                 skipped = [(block, lambda *_args, _output=output, **_kwargs: _output) for block in self._blocks]
                 with forward_replaced(skipped), watch(number, each):

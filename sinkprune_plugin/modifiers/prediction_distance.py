@@ -13,7 +13,7 @@ candidate's negative ELBO is above the dense model's; and every timestep counts 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -26,10 +26,25 @@ from sinkprune_plugin.modifiers.calibration import CalibrationBatch
 from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, PassEngine
 from sinkprune_plugin.modifiers.trajectory import CorruptionSource, corrupted_passes
 
-__all__ = ["Install", "PredictionDistance", "ScoredPass", "kept_prediction_bytes", "scored_passes"]
+__all__ = ["Fitting", "Install", "PredictionDistance", "ScoredPass", "kept_prediction_bytes", "scored_passes"]
 
 # Entered around all runs of a decoder block, given by its index: inside it the block computes as the candidate's.
 Install = Callable[[int], contextlib.AbstractContextManager[Any]]
+
+
+class Fitting(Protocol):
+    """Fits a candidate's blocks on passes of its own, on the way through the model."""
+
+    passes: Sequence[CalibrationPass]
+
+    def visit(self, block: OnloadedBlock, passes: Sequence[CalibrationPass]) -> None:
+        """Do a block's work in a sweep of two streams.
+
+        :param block: the block
+        :param passes: all passes of the sweep, those to fit on at the end
+        """
+        ...
+
 
 # The dense model's predictions are kept as the probabilities of its most likely tokens and what remains to all others.
 TOP_K = 64
@@ -150,20 +165,31 @@ class PredictionDistance:
         """
         chosen = self._choose(tokens, number)
         with distributed.failing_together(), torch.no_grad():
-            self._remember([index for index in chosen if index not in self._dense])
-            losses: list[float] = []
+            self._remember(chosen)
+            self._sweep(chosen, install)
+            parts = self._compare(chosen)
+        return _mean(parts)
 
-            def compare(index: int, logits: torch.Tensor) -> None:
-                dense = self._dense[index]
-                kept = TopPredictions(dense.ids.long(), dense.log_probabilities)
-                lost = divergence(logits, kept).sum(dtype=torch.float64)
-                losses.append(self._passes[index].weight * float(lost))
+    def measure_fitted(self, fitting: Fitting, tokens: int | None = None, number: int = 0) -> float:
+        """Divergence of a candidate whose blocks are fitted first, the same value in every process.
 
-            self._predict(chosen, install, compare)
-            total = sum(losses)
-            count = sum(self._passes[index].windows_tokens for index in chosen)
-        parts = distributed.gather_objects((total, count))
-        return sum(part[0] for part in parts) / sum(part[1] for part in parts)
+        :param fitting: fits the blocks, and says on which passes
+        :param tokens: see :meth:`measure`
+        :param number: the same
+        :return: nats per token
+        :raises UsageError: if logits aren't finite
+        """
+        chosen = self._choose(tokens, number)
+        with distributed.failing_together(), torch.no_grad():
+            self._remember(chosen)
+        passes = [*(self._passes[index].each for index in chosen), *fitting.passes]
+        with torch.no_grad():
+            # Gradients are summed over the processes on the way.
+            visit = lambda block: fitting.visit(block, passes)  # noqa: E731
+            self._engine.sweep(passes, visit, title="", block_runs=0, two_streams=True)
+        with distributed.failing_together(), torch.no_grad():
+            parts = self._compare(chosen)
+        return _mean(parts)
 
     def _choose(self, tokens: int | None, number: int) -> list[int]:
         """Indices of a stretch of passes, beginning where that of the number before ended."""
@@ -179,23 +205,40 @@ class PredictionDistance:
         return sorted((begin + offset) % len(self._passes) for offset in range(count))
 
     def _remember(self, indices: Sequence[int]) -> None:
-        """Compute the dense model's predictions of some passes and keep them."""
+        """Compute the dense model's predictions of some passes and keep them, unless they are there."""
+        missing = [index for index in indices if index not in self._dense]
 
         def keep(index: int, logits: torch.Tensor) -> None:
             top = top_predictions(logits, self._top_k)
             # No vocabulary needs 64 bits.
             self._dense[index] = TopPredictions(top.ids.to("cpu", torch.int32), top.log_probabilities.cpu())
 
-        if indices:
-            self._predict(indices, lambda _block: contextlib.nullcontext(), keep)
+        if missing:
+            self._sweep(missing, lambda _block: contextlib.nullcontext())
+            self._predict(missing, keep)
 
-    def _predict(self, indices: Sequence[int], install: Install, receive: Callable[[int, torch.Tensor], None]) -> None:
-        """Run passes as the candidate and hand over the logits (K, V) that predict each one's masked tokens."""
-
+    def _sweep(self, indices: Sequence[int], install: Install) -> None:
         def visit(block: OnloadedBlock) -> None:
             with install(block.index):
                 block.run(advance=True)
 
+        self._engine.sweep([self._passes[index].each for index in indices], visit, title="", block_runs=0)
+
+    def _compare(self, indices: Sequence[int]) -> tuple[float, int]:
+        """Weighted sum of the divergences of passes that a sweep began with, and the number of their tokens."""
+        losses: list[float] = []
+
+        def compare(index: int, logits: torch.Tensor) -> None:
+            dense = self._dense[index]
+            kept = TopPredictions(dense.ids.long(), dense.log_probabilities)
+            lost = divergence(logits, kept).sum(dtype=torch.float64)
+            losses.append(self._passes[index].weight * float(lost))
+
+        self._predict(indices, compare)
+        return sum(losses), sum(self._passes[index].windows_tokens for index in indices)
+
+    def _predict(self, indices: Sequence[int], receive: Callable[[int, torch.Tensor], None]) -> None:
+        """Hand over the logits (K, V) that predict the masked tokens of each pass that a sweep began with."""
         outputs: list[Any] = []
 
         @contextlib.contextmanager
@@ -215,5 +258,9 @@ class PredictionDistance:
                 )
             receive(indices[number], logits)
 
-        self._engine.sweep([self._passes[index].each for index in indices], visit, title="", block_runs=0)
-        self._engine.run_head(catch, title="")
+        self._engine.run_head(catch, title="", count=len(indices))
+
+
+def _mean(part: tuple[float, int]) -> float:
+    parts = distributed.gather_objects(part)
+    return sum(lost for lost, _ in parts) / sum(tokens for _, tokens in parts)

@@ -34,16 +34,18 @@ class SearchPlan:
 
     :param tokens: forward tokens of all candidates
     :param candidates: measurements of a candidate, each of which reads the weights of all blocks at one level
+    :param recovered: how many of them are recovered for a few steps before they are measured
+    :param prediction_bytes: the dense model's predictions, in main memory
     :param database_bytes: weights at all levels, on disk
     :param decoded_bytes: the same as dense weights
-    :param prediction_bytes: the dense model's predictions, in main memory
     """
 
     tokens: int
     candidates: int
-    database_bytes: int
-    decoded_bytes: int
+    recovered: int
     prediction_bytes: int
+    database_bytes: int = 0
+    decoded_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,17 +80,23 @@ class RunEstimate:
             f"{sweeps} through {self.num_blocks} blocks, {self.block_runs} runs of a block; hidden states "
             f"{_size(self.hidden_bytes)}, "
         )
+        parts = []
+        if self.statistics_bytes or not self.training_bytes:
+            parts.append(f"statistics at most {_size(self.statistics_bytes)} at once")
         if self.training_bytes:
-            text += f"weights and optimizer states of a block at most {_size(self.training_bytes)}"
-        else:
-            text += f"statistics at most {_size(self.statistics_bytes)} at once"
+            parts.append(f"weights and optimizer states of a block at most {_size(self.training_bytes)}")
+        text += ", ".join(parts)
         if self.brought_in_bytes:
             text += f", {_size(self.brought_in_bytes)} of offloaded weights brought in"
         if self.search is not None:
             text += (
                 f"; search of at most {self.search.tokens:,} forward tokens on {self.search.candidates:,} candidates, "
-                f"{_size(self.search.database_bytes)} on disk, dense predictions {_size(self.search.prediction_bytes)}"
             )
+            if self.search.recovered:
+                text += f"{self.search.recovered:,} of them recovered before they are measured, "
+            if self.search.database_bytes:
+                text += f"{_size(self.search.database_bytes)} on disk, "
+            text += f"dense predictions {_size(self.search.prediction_bytes)}"
         return text
 
 

@@ -1,32 +1,23 @@
 """Widths that differ from block to block: by the rise of the output errors, or by search under a budget."""
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psutil
 import torch
-import torch.nn.functional as F
-import tqdm
 from compressed_tensors.offload import align_module_device, disable_onloading, get_execution_device
 from loguru import logger
 from pydantic import PrivateAttr
 
-from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers import distributed
-from sinkprune_plugin.modifiers.block_influence import skipped
 from sinkprune_plugin.modifiers.hidden_states import MEMORY_SHARE
-from sinkprune_plugin.modifiers.input_observer import InputObserver
-from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, PassEngine
-from sinkprune_plugin.modifiers.prediction_distance import PredictionDistance, scored_passes
-from sinkprune_plugin.modifiers.replaced_forward import forward_replaced
+from sinkprune_plugin.modifiers.passes import CalibrationPass, PassEngine
 from sinkprune_plugin.modifiers.structured_fields import StructuredFields
-from sinkprune_plugin.modifiers.targets import solving_cost
+from sinkprune_plugin.modifiers.targets import PruningTarget
 from sinkprune_plugin.modifiers.unit_costs import UnitCosts, count_costs, time_costs
 from sinkprune_plugin.modifiers.unit_targets import FIELDS, UnitTarget
-from sinkprune_plugin.pruning import search_rounds
-from sinkprune_plugin.pruning.evolution import Candidate, SearchOptions, SearchSpace, search
+from sinkprune_plugin.modifiers.width_candidates import WidthCandidates
 from sinkprune_plugin.pruning.hessian import prepare_hessian
 from sinkprune_plugin.pruning.unit_budget import (
     GroupLevels,
@@ -40,9 +31,6 @@ from sinkprune_plugin.pruning.units import level_widths
 
 __all__ = ["StructuredAllocation"]
 
-# The budget lasts for so many rounds, or more where the calibration passes have fewer tokens.
-ROUNDS = 24
-
 
 class StructuredAllocation(StructuredFields):
     """Chooses the widths for ``allocation: error`` and ``search``."""
@@ -52,11 +40,8 @@ class StructuredAllocation(StructuredFields):
     _widths: dict[str, int] = PrivateAttr(default_factory=dict)
     _gone: list[int] = PrivateAttr(default_factory=list)
 
-    def _distance(self, engine: PassEngine) -> PredictionDistance:
-        assert self._corruption is not None  # set in on_initialize
-        spec = resolve_diffusion(engine.model.config, mask_token_id=self.mask_token_id)
-        passes = scored_passes(self._batches, self._grid, self._corruption, spec, self.noise_eps)
-        return PredictionDistance(engine.model, self._blocks, passes, spec, hidden_states=self.hidden_states)
+    def _groups_of_levels(self) -> int:
+        return len([unit for unit in self._units if unit.block not in self._gone])
 
     def _choose_widths(self, engine: PassEngine, passes: Sequence[CalibrationPass]) -> None:
         """Set the width of every group of units, and put them into the fields, which the saved recipe has.
@@ -81,13 +66,16 @@ class StructuredAllocation(StructuredFields):
         groups = [_levels(unit, costs, solved[unit.name]) for unit in units]
         space = space_of(groups, budget, costs.fixed, costs.whole, what)
         found = cheapest_in_error(space, groups, self.seed)
+        note: str = self.allocation
         if self.allocation == "search":
+            choices = [group.widths for group in groups]
+            candidates = WidthCandidates(self._blocks, self._gone, units, choices, widths, solved)
             start = [uniform_candidate(space, groups, self.seed), found]
-            found = self._search(engine, space, start, [*zip(units, groups, strict=True)], widths, solved)
+            found, note = self._search(engine, space, candidates, start)
         chosen = zip(units, groups, found, strict=True)
         self._widths |= {unit.name: group.widths[level] for unit, group, level in chosen}
         ratio = costs.whole / (costs.fixed + space.cost(found))
-        logger.info(f"{type(self).__name__}: widths chosen by {self.allocation}, {ratio:.2f}x of {what}")
+        logger.info(f"{type(self).__name__}: widths chosen by {note}, {ratio:.2f}x of {what}")
         self._fix_widths()
 
     def _level_widths(self, unit: UnitTarget) -> list[int]:
@@ -127,35 +115,20 @@ class StructuredAllocation(StructuredFields):
     ) -> dict[str, SolvedLevels]:
         """Solve every group of units at all its widths on the dense model's inputs; weights stay as they are."""
         solved: dict[str, SolvedLevels] = {}
+        mine: dict[str, SolvedLevels] = {}
+        by_name = {unit.name: unit for unit in units}
 
-        def visit(block: OnloadedBlock) -> None:
-            here = [unit for unit in units if unit.block == block.index]
-            observer = InputObserver([unit.target for unit in here], self._observe)
-            with distributed.failing_together():
-                handles = observer.attach(self.register_hook)
-                block.run(observer.watching, advance=True)
-                self.remove_hooks(handles)
-                observer.require_reached()
-                self._finite.require()
-            statistics = {unit.name: self._take_statistics(unit.name) for unit in here}
-            owners = distributed.assign_owners(
-                [unit.name for unit in here], lambda name: solving_cost([_named(here, name).target])
-            )
-            for unit in here:
-                for tensor in statistics[unit.name]:
-                    distributed.reduce_to_owner(tensor, owners[unit.name])
-            mine: dict[str, SolvedLevels] = {}
-            with distributed.failing_together(), torch.no_grad():
-                for unit in here:
-                    taken = statistics.pop(unit.name)
-                    if owners[unit.name] == distributed.rank():
-                        mine[unit.name] = self._solve_group(unit, taken, widths[unit.name])
-            for part in distributed.gather_objects(mine):
+        def solve(leader: str, _targets: Sequence[PruningTarget], statistics: list[torch.Tensor]) -> None:
+            mine[leader] = self._solve_group(by_name[leader], statistics, widths[leader])
+
+        def share() -> None:
+            # Block by block, as all of them at once would be in memory several times.
+            for part in distributed.gather_objects(dict(mine)):
                 solved.update(part)
+            mine.clear()
 
-        engine.sweep(
-            passes, visit, title=self._title("levels of every block"), block_runs=len(passes) * len(self._blocks)
-        )
+        of_block = lambda block: [unit.target for unit in units if unit.block == block]  # noqa: E731
+        self._sweep_statistics(engine, passes, of_block, solve, share)
         return solved
 
     def _solve_group(self, unit: UnitTarget, statistics: list[torch.Tensor], widths: Sequence[int]) -> SolvedLevels:
@@ -175,57 +148,6 @@ class StructuredAllocation(StructuredFields):
                 with_weights=self.allocation == "search",
             )
 
-    # ---- search
-
-    def _search(
-        self,
-        engine: PassEngine,
-        space: SearchSpace,
-        start: Sequence[Candidate],
-        groups: Sequence[tuple[UnitTarget, GroupLevels]],
-        widths: Mapping[str, Sequence[int]],
-        solved: Mapping[str, SolvedLevels],
-    ) -> Candidate:
-        """The widths with the least divergence from the dense model's predictions along the trajectory."""
-        distance = self._distance(engine)
-        options = _search_options(self.search_budget, distance.tokens, self.seed)
-        by_block: dict[int, list[int]] = {}
-        for index, (unit, _) in enumerate(groups):
-            by_block.setdefault(unit.block, []).append(index)
-
-        @contextlib.contextmanager
-        def install(block: int, candidate: Candidate) -> Iterator[None]:
-            if block in self._gone:
-                with skipped(self._blocks[block]):
-                    yield
-                return
-            replaced = []
-            for index in by_block.get(block, []):
-                unit, group = groups[index]
-                width = group.widths[candidate[index]]
-                if width < unit.group.total:
-                    level = widths[unit.name].index(width)
-                    levels = solved[unit.name]
-                    replaced.append((unit.target.module, _reading(unit.target.module, levels, level)))
-            with forward_replaced(replaced):
-                yield
-
-        total = options.rounds * options.round_tokens
-        quiet = distributed.rank() != 0
-        title = self._title("search")
-        with tqdm.tqdm(desc=title, total=total, unit="token", unit_scale=True, smoothing=0, disable=quiet) as bar:
-
-            def fitness(candidate: Candidate, tokens: int, number: int) -> float:
-                bar.update(tokens)
-                return distance.measure(lambda block: install(block, candidate), tokens, number)
-
-            return search(space, fitness, options, start=start).best
-
-
-def _search_options(budget: int, available: int, seed: int) -> SearchOptions:
-    last = max(min(int(budget / ROUNDS / search_rounds.round_cost()), available), 1)
-    return SearchOptions(budget, search_rounds.OFFSPRING, search_rounds.round_stages(last), seed)
-
 
 def _check_memory(units: Sequence[UnitTarget], widths: Mapping[str, Sequence[int]]) -> None:
     """Refuse a database that doesn't fit, before anything is solved."""
@@ -241,18 +163,7 @@ def _check_memory(units: Sequence[UnitTarget], widths: Mapping[str, Sequence[int
         )
 
 
-def _named(units: Sequence[UnitTarget], name: str) -> UnitTarget:
-    return next(unit for unit in units if unit.name == name)
-
-
 def _levels(unit: UnitTarget, costs: UnitCosts, solved: SolvedLevels | None) -> GroupLevels:
     of_width = costs.widths[unit.name]
     errors = (0.0,) * len(of_width) if solved is None else solved.errors
     return drop_dominated(GroupLevels(tuple(of_width), errors, tuple(of_width.values())))
-
-
-def _reading(module: torch.nn.Linear, levels: SolvedLevels, level: int) -> Any:
-    """The forward of a Linear that reads the units which stay at a level."""
-    device = get_execution_device(module)
-    columns, weight = levels.columns[level].to(device), levels.weights[level].to(device)
-    return lambda input: F.linear(input.index_select(-1, columns), weight, module.bias)

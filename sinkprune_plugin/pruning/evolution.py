@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from itertools import pairwise
 from typing import Any, Self
 
@@ -21,9 +21,9 @@ __all__ = ["Candidate", "Fitness", "SearchOptions", "SearchSpace", "SearchState"
 # One level for each group.
 Candidate = tuple[int, ...]
 
-# Candidate, tokens to spend on it and number of the round → value to minimise. What is compared has the same round
-# and the same tokens, so other rounds may take other data.
-Fitness = Callable[[Candidate, int, int], float]
+# Candidate, stage of the selection and number of the round → value to minimise. What is compared has the same round and
+# the same stage, so other rounds may take other data.
+Fitness = Callable[[Candidate, "Stage", int], float]
 
 # Totals of fractional costs are sums in float64.
 _RELATIVE_TOLERANCE = 1e-9
@@ -124,17 +124,24 @@ class Stage:
 
     :param tokens: tokens that each candidate is measured on
     :param survivors: candidates that are kept, those with the least values
+    :param recovery: tokens that each candidate's recovery before its measurement counts; 0 measures it as it is
     """
 
     tokens: int
     survivors: int
+    recovery: int = 0
+
+    @property
+    def cost(self) -> int:
+        """Tokens that a candidate takes."""
+        return self.tokens + self.recovery
 
 
 @dataclass(frozen=True)
 class SearchOptions:
     """How the search spends its tokens.
 
-    :param budget: tokens of all measurements together
+    :param budget: tokens of all measurements together, and of the recoveries before them
     :param offspring: candidates of a round
     :param stages: steps of a round's selection; the last one keeps one candidate, and in it the best so far takes part
         again, on the same data (elitism)
@@ -166,7 +173,12 @@ class SearchOptions:
     @property
     def round_tokens(self) -> int:
         """Tokens that one round takes at most."""
-        return sum(count * stage.tokens for count, stage in zip(self._entering, self.stages, strict=True))
+        return sum(count * stage.cost for count, stage in zip(self._entering, self.stages, strict=True))
+
+    @property
+    def round_recoveries(self) -> int:
+        """Candidates of one round that are recovered before they are measured, at most."""
+        return sum(count for count, stage in zip(self._entering, self.stages, strict=True) if stage.recovery)
 
     @property
     def round_candidates(self) -> int:
@@ -319,8 +331,8 @@ def _select(
         if stage is stages[-1]:
             # First, so that it stays where nothing is better.
             remaining.insert(0, state.best)
-        values = [fitness(candidate, stage.tokens, state.rounds) for candidate in remaining]
-        tokens += len(remaining) * stage.tokens
+        values = [fitness(candidate, stage, state.rounds) for candidate in remaining]
+        tokens += len(remaining) * stage.cost
         order = sorted(range(len(remaining)), key=lambda index: values[index])[: stage.survivors]
         remaining, values = [remaining[index] for index in order], [values[index] for index in order]
     return remaining[0], values[0], tokens
@@ -329,5 +341,5 @@ def _select(
 def _fingerprint(space: SearchSpace, options: SearchOptions, start: Sequence[Candidate]) -> str:
     # Without the token budget: a finished search may be continued with a larger one.
     parts = [space.costs, space.budget, str(space.slack), options.offspring, options.seed, list(start)]
-    parts.append([(stage.tokens, stage.survivors) for stage in options.stages])
+    parts.append([astuple(stage) for stage in options.stages])
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()

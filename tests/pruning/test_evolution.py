@@ -13,7 +13,7 @@ STAGES = (Stage(10, 4), Stage(40, 1))
 
 
 def distance(goal):
-    return lambda candidate, _tokens, _round: float(sum((a - b) ** 2 for a, b in zip(candidate, goal, strict=True)))
+    return lambda candidate, _stage, _round: float(sum((a - b) ** 2 for a, b in zip(candidate, goal, strict=True)))
 
 
 def levels(groups, count=9):
@@ -39,7 +39,7 @@ def test_every_candidate_measured_fits_the_budget(seed, data):
     assert start is not None
     measured = []
 
-    def fitness(candidate, _tokens, _round):
+    def fitness(candidate, _stage, _round):
         measured.append(candidate)
         return random.Random(str(candidate)).random()
 
@@ -59,7 +59,7 @@ def test_finds_the_best_of_all_candidates_with_the_exact_total(seed):
 def test_a_cheaper_candidate_is_found_where_costs_differ_between_groups():
     # One group's levels cost ten times the other's, and its level 2 brings less than those.
     space = SearchSpace(((0, 10, 20), tuple(range(11))), 20)
-    value = lambda candidate, _tokens, _round: -candidate[1] - 5.0 * (candidate[0] == 2)  # noqa: E731
+    value = lambda candidate, _stage, _round: -candidate[1] - 5.0 * (candidate[0] == 2)  # noqa: E731
     state = search(space, value, options(3), start=[(2, 0)])
     assert state.best == (1, 10)
 
@@ -74,9 +74,9 @@ def test_the_best_never_gets_worse_and_takes_part_in_every_last_stage():
     calls = []
     value = distance((8, 0, 8, 0, 4))
 
-    def fitness(candidate, tokens, number):
-        calls.append((candidate, tokens, number))
-        return value(candidate, tokens, number)
+    def fitness(candidate, stage, number):
+        calls.append((candidate, stage.tokens, number))
+        return value(candidate, stage, number)
 
     state = search(SearchSpace(levels(5), 20, 0), fitness, options(6), start=[(4, 4, 4, 4, 4)])
     values = [each for _, each in state.history]
@@ -87,6 +87,23 @@ def test_the_best_never_gets_worse_and_takes_part_in_every_last_stage():
         assert tokens == [10] * 8 + [40] * 5
         assert best[number] in [each[0] for each in calls if each[1:] == (40, number)]
     assert state.tokens == sum(each[1] for each in calls) == 6 * options(6).round_tokens
+
+
+def test_recoveries_of_the_last_stage_count_and_make_another_search():
+    space, recovering = SearchSpace(levels(3), 12, 0), (Stage(10, 4), Stage(40, 1, recovery=500))
+    one = SearchOptions(10**9, 8, recovering)
+    assert one.round_tokens == 8 * 10 + 5 * (40 + 500)
+    assert (one.round_candidates, one.round_recoveries, one.rounds) == (13, 5, 10**9 // one.round_tokens)
+    stages = []
+
+    def fitness(candidate, stage, number):
+        stages.append(stage)
+        return distance((8, 4, 0))(candidate, stage, number)
+
+    state = search(space, fitness, options(2, stages=recovering), start=[(4, 4, 4)])
+    assert state.tokens == sum(stage.cost for stage in stages)
+    with pytest.raises(UsageError, match="another one"):
+        search(space, fitness, options(3), start=[(4, 4, 4)], state=state)
 
 
 def test_resumed_equals_uninterrupted():
@@ -104,11 +121,11 @@ def test_an_interruption_within_a_round_repeats_it():
     expected = search(space, value, whole, start=[(4,) * 6])
     saved, left = [], [40]
 
-    def breaking(candidate, tokens, number):
+    def breaking(candidate, stage, number):
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
-        return value(candidate, tokens, number)
+        return value(candidate, stage, number)
 
     with pytest.raises(KeyboardInterrupt):
         search(space, breaking, whole, start=[(4,) * 6], after_round=saved.append)
