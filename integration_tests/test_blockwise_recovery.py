@@ -1,5 +1,6 @@
 """BlockwiseRecoveryModifier in plain oneshot() runs behind pruning modifiers, and fit_blocks() on its own."""
 
+import json
 import os
 import tempfile
 from collections import namedtuple
@@ -14,6 +15,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sinkprune_plugin.commands.recover import recover_model
 from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import load_sparse_checkpoint
@@ -30,6 +32,7 @@ from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot, stock_modifier
 from sinkprune_plugin.modifiers.structured import SinkAwareStructuredModifier
 from sinkprune_plugin.modifiers.trajectory import TrajectoryCorruption, corrupted_passes
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
+from sinkprune_plugin.recovery.options import RecoveryOptions
 
 GRID = {"diffusion_steps": 4, "sample_interval": 2}
 # Without held-out samples, so that every block changes however few there are.
@@ -350,6 +353,27 @@ def test_a_block_before_a_gap_is_fitted_to_what_comes_out_of_it(model, tokenizer
     with torch.no_grad():
         torch.testing.assert_close(model(windows).logits, expected, rtol=0, atol=0)
     assert any("4 blocks, error of the last one 0.00 % of the dense output before its fit" in text for _, text in lines)
+
+
+def test_blocks_of_a_checkpoint_are_recognised(model, tokenizer, windows, lines, scratch, tmp_path):
+    """Two blocks and half of another one's channels are gone before: by the modifier and by `sinkprune recover`."""
+    remove_blocks(model, [1, 4])
+    keep_units(model, 2, channels=torch.arange(0, 512, 2))
+    settle_config(model)
+    pruned = tmp_path / "pruned"
+    model.save_pretrained(pruned)
+    tokenizer.save_pretrained(pruned)
+    before = distance(model, windows)
+    run_oneshot(model, tokenizer, recovery(dense_model=str(EMBEDDED_MODEL), epochs=10), windows)
+    assert distance(model, windows) < 0.9 * before
+    options = RecoveryOptions(method="blockwise", batch_size=4, held_out=0.25)
+    result = recover_model(
+        EMBEDDED_MODEL, pruned, tmp_path / "out", options=options, steps=10, seq_len=32, device="cpu"
+    )
+    blocks = json.loads((tmp_path / "out" / "recovery" / "recovery.json").read_text())["blocks"]
+    assert [each["dense_block"] for each in blocks] == [0, 2, 3, 5]
+    assert result.held_out_after < 0.9 * result.held_out_before
+    assert distance(load_model(tmp_path / "out", torch.float32), windows) < before
 
 
 def test_a_dense_model_with_other_blocks_is_refused(model, passes):

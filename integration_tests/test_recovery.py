@@ -13,6 +13,7 @@ from recovery_cases import make_pair, prune, save, small_model, text_file
 from transformers import TrainerState
 
 from sinkprune_plugin.commands.recover import recover_model, steps_of
+from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import load_sparse_checkpoint
 from sinkprune_plugin.loading import load_model
@@ -20,6 +21,7 @@ from sinkprune_plugin.models.decoder_blocks import block_linears
 from sinkprune_plugin.models.llada import LLaDALlamaBlock
 from sinkprune_plugin.recovery.fixed_zeros import FixedZeros
 from sinkprune_plugin.recovery.options import RecoveryOptions
+from sinkprune_plugin.recovery.recover import recover
 from sinkprune_plugin.recovery.trainer import KeepZeros, RecoveryTrainer
 
 QUICK = {"batch_size": 4, "evaluations": 2, "learning_rate": 3e-3, "seed": 1}
@@ -112,6 +114,24 @@ def test_variants_learn_and_keep_the_zeros(options, pair, text, tmp_path):
     norms = {name for name in before if "norm" in name and "blocks" in name}
     assert changed & norms == (norms if options.get("train") == "weights-and-norms" else set())
     assert all(not after[name][before[name] == 0].any() for name in before)
+
+
+def test_each_look_at_the_held_out_windows_is_handed_over(pair, tmp_path):
+    looks = []
+
+    def look(step, loss, model):
+        looks.append((step, loss, {name: value.clone() for name, value in model.state_dict().items()}))
+
+    windows = torch.randint(3, 2048, (9, 32), generator=torch.Generator().manual_seed(0))
+    spec = resolve_diffusion(load_model(pair[0]).config)
+    options = RecoveryOptions(**QUICK, steps=2)
+    result = recover(*pair, tmp_path / "out", windows, spec, options, use_cpu=True, after_evaluation=look)
+    assert [step for step, _, _ in looks] == [0, 1, 2]
+    assert looks[0][1] == result.held_out_before
+    assert min(loss for _, loss, _ in looks) == result.held_out_after
+    before, chosen = tensors(pair[1]), tensors(tmp_path / "out")
+    assert all(torch.equal(before[name], looks[0][2][name]) for name in before)
+    assert all(torch.equal(chosen[name], looks[result.best_step][2][name]) for name in chosen)
 
 
 def test_blockwise_lowers_the_blocks_errors(pair, text, tmp_path):

@@ -80,7 +80,8 @@ for cls in (SinkAwareWandaModifier, SinkAwareSparseGPTModifier, SinkAwareADMMMod
     json.dump([solved, len(written)], open(name + ".json", "w"))
 
 units = {{"mlp_channels": 0.5, "attention_heads": 2, "blocks": 1}}
-for name, fields in {{"Units": units, "Search": {{**units, "allocation": "search", "search_budget": 4000}}}}.items():
+search = {{"allocation": "search", "search_budget": 15000, "search_recovery_steps": 1}}
+for name, fields in {{"Units": units, "Search": {{**units, **search}}}}.items():
     weights = prune(SinkAwareStructuredModifier, shuffle=False, **fields)
     save_file(weights, sys.argv[1] + f"/{{name}}-{{rank()}}.safetensors")
 

@@ -22,6 +22,7 @@ from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.bare_modules import bare_copy
 from sinkprune_plugin.modifiers.base import SinkAwareModifierBase
 from sinkprune_plugin.modifiers.block_fit import BlockFit, FitOptions, state_bytes
+from sinkprune_plugin.modifiers.block_origins import find_origins
 from sinkprune_plugin.modifiers.block_recovery import fit_blocks
 from sinkprune_plugin.modifiers.calibration import collect_batches, deal_out
 from sinkprune_plugin.modifiers.dense_weights import KeptWeights, open_dense_model
@@ -119,8 +120,8 @@ class BlockwiseRecoveryModifier(Modifier):
     _corruption: CorruptionSource | None = PrivateAttr(default=None)
     _dense: Mapping[str, torch.Tensor] | None = PrivateAttr(default=None)
     _dense_blocks: list[torch.nn.Module] = PrivateAttr(default_factory=list)
-    # The blocks before pruning, which may remove some.
-    _before: list[weakref.ref[torch.nn.Module]] = PrivateAttr(default_factory=list)
+    # The blocks as they were before other modifiers, which may remove some, and their numbers among the dense ones.
+    _before: list[tuple[weakref.ref[torch.nn.Module], int]] = PrivateAttr(default_factory=list)
     _kept_zeros: KeptZeros | None = PrivateAttr(default=None)
     _followed: bool = PrivateAttr(default=False)
     _done: bool = PrivateAttr(default=False)
@@ -159,13 +160,14 @@ class BlockwiseRecoveryModifier(Modifier):
                 weight = getattr(target.module, "weight", None)
             if weight is None or weight.dtype not in TRAINABLE_DTYPES or _is_quantized(target.module):
                 raise UsageError(f"{target.name} is quantized; recover before quantizing, or add it to `ignore`")
+        name, blocks = find_decoder_blocks(model)
         if self.dense_model is None:
-            name, blocks = find_decoder_blocks(model)
             self._dense_blocks = [bare_copy(block) for block in blocks]
-            self._before = [weakref.ref(block) for block in blocks]
             self._dense = KeptWeights(name, blocks)
         else:
             self._dense, self._dense_blocks = open_dense_model(self.dense_model, model)
+        origins = find_origins(name, blocks, self._dense, len(self._dense_blocks))
+        self._before = [(weakref.ref(block), origin) for block, origin in zip(blocks, origins, strict=True)]
         return True
 
     def on_calibration_start(self, state: State, event: Event, **_kwargs: Any) -> None:  # noqa: ARG002
@@ -275,13 +277,10 @@ class BlockwiseRecoveryModifier(Modifier):
             seed=self.seed,
         )
 
-    def _origins(self, model: torch.nn.Module) -> list[int] | None:
-        """Number that each block had before pruning; None where all are there, or their weights are a checkpoint's."""
-        _, blocks = find_decoder_blocks(model)
-        if len(blocks) == len(self._before) or not self._before:
-            return None
-        numbers = {id(reference()): number for number, reference in enumerate(self._before)}
-        return [numbers.get(id(block), len(self._before)) for block in blocks]
+    def _origins(self, model: torch.nn.Module) -> list[int]:
+        """Number of each block among the dense ones."""
+        numbers = {id(reference()): number for reference, number in self._before}
+        return [numbers.get(id(block), len(self._dense_blocks)) for block in find_decoder_blocks(model)[1]]
 
     def _resolve(self, model: torch.nn.Module) -> list[PruningTarget]:
         targets, _ = resolve_targets(model, list(self.targets), self.ignore)

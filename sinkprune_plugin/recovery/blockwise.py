@@ -31,8 +31,9 @@ def fit_student(
 ) -> list[dict[str, Any]]:
     """Fit the surviving weights of every block, in place, with zeros fixed.
 
-    The model stays in main memory; one block at a time is on the device. As many windows are used as ``steps`` need at
-    four noise levels and two epochs; with less text there are more epochs.
+    A block before others that were removed is fitted to the output of the last of these. The model stays in main
+    memory; one block at a time is on the device. As many windows are used as ``steps`` need at four noise levels and
+    two epochs; with less text there are more epochs.
 
     :param student: pruned model, on CPU
     :param dense: checkpoint directory of the dense model, of which one block at a time is read
@@ -40,7 +41,7 @@ def fit_student(
     :param spec: the models' diffusion spec
     :param options: steps for each block, batch size, learning rate, held-out share, seed
     :param use_cpu: leave an accelerator alone
-    :return: for each block its relative error before and after, and its steps
+    :return: for each block its number, also among the dense ones, its relative error before and after, and its steps
     :raises UsageError: if several processes were started, the text is too short, or the models don't belong together
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -51,6 +52,7 @@ def fit_student(
     # llm-compressor's part of the package, which takes seconds to import.
     from compressed_tensors.offload import remove_dispatch, set_onload_device
 
+    from sinkprune_plugin.modifiers.block_origins import find_origins
     from sinkprune_plugin.modifiers.block_recovery import fit_blocks
     from sinkprune_plugin.modifiers.calibration import CalibrationBatch
     from sinkprune_plugin.modifiers.dense_weights import open_dense_model
@@ -61,12 +63,8 @@ def fit_student(
     if count < 2:
         raise UsageError(f"the text gives {count} windows; blockwise recovery needs at least 2, one of them held out")
     dense_weights, dense_blocks = open_dense_model(dense, student)
-    blocks = find_decoder_blocks(student)[1]
-    if len(dense_blocks) != len(blocks):
-        raise UsageError(
-            f"the dense model has {len(dense_blocks)} decoder blocks and the pruned one {len(blocks)}, so blocks have "
-            "no counterpart; use method distill"
-        )
+    name, blocks = find_decoder_blocks(student)
+    origins = find_origins(name, blocks, dense_weights, len(dense_blocks))
     batches = [CalibrationBatch(index, window[None], None) for index, window in enumerate(windows[:count])]
     grid = timestep_grid(TIMESTEPS, 1)
     passes = corrupted_passes(batches, grid, TrajectoryCorruption(spec, options.seed, NOISE_EPS))
@@ -74,12 +72,24 @@ def fit_student(
     if device.type != "cpu":
         set_onload_device(student, device)
     results = fit_blocks(
-        student, dense_weights, passes, len(grid), _fit_options(options, count), dense_blocks=dense_blocks
+        student,
+        dense_weights,
+        passes,
+        len(grid),
+        _fit_options(options, count),
+        dense_blocks=dense_blocks,
+        origins=origins,
     )
     if device.type != "cpu":
         remove_dispatch(student)
     return [
-        {"block": each.index, "before": each.before, "after": each.after, "kept_step": each.kept_step}
+        {
+            "block": each.index,
+            "dense_block": origins[each.index],
+            "before": each.before,
+            "after": each.after,
+            "kept_step": each.kept_step,
+        }
         for each in results
     ]
 

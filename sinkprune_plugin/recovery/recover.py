@@ -4,6 +4,7 @@ import json
 import math
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def recover(
     resume: bool = False,
     overwrite: bool = False,
     tensorboard: Path | None = None,
+    after_evaluation: Callable[[int, float, torch.nn.Module], None] | None = None,
 ) -> Recovered:
     """Train a pruned model on fixed zeros and write the best state, in the format of the pruned checkpoint.
 
@@ -80,6 +82,8 @@ def recover(
     :param resume: go on with an interrupted run of the same settings
     :param overwrite: replace an existing output
     :param tensorboard: directory for TensorBoard's files
+    :param after_evaluation: called with the step, the held-out loss and the model each time the held-out windows have
+        been looked at, the first time before any training; not with ``blockwise``
     :return: what came out; nothing is written where no state was better than the pruned model
     :raises UsageError: on wrong input, or a full disk; states that were saved before stay
     """
@@ -109,7 +113,7 @@ def recover(
     started = time.monotonic()
     student, zeros = _student(pruned, reader, options, arguments)
     teachers = _teachers(dense, spec, training, held_out, options, run, arguments)
-    from sinkprune_plugin.recovery.trainer import RecoveryTrainer
+    from sinkprune_plugin.recovery.trainer import AfterEvaluation, RecoveryTrainer
 
     trainer = RecoveryTrainer(
         student,
@@ -122,6 +126,8 @@ def recover(
         arguments=arguments,
         tensorboard=tensorboard,
     )
+    if after_evaluation is not None:
+        trainer.add_callback(AfterEvaluation(after_evaluation))
     arguments.eval_on_start = state is None
     try:
         trainer.train(resume_from_checkpoint=None if state is None else str(state))

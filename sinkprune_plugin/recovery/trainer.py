@@ -31,7 +31,7 @@ from sinkprune_plugin.recovery.noisy_windows import NoisyWindows, batch_of
 from sinkprune_plugin.recovery.options import RecoveryOptions
 from sinkprune_plugin.recovery.teacher import Teacher
 
-__all__ = ["KeepZeros", "RecoveryTrainer", "weighted_loss"]
+__all__ = ["AfterEvaluation", "KeepZeros", "RecoveryTrainer", "weighted_loss"]
 
 # A held-out loss that is this many times the one before training will not come back.
 DIVERGED = 2.0
@@ -173,6 +173,29 @@ class KeepZeros(TrainerCallback):
         saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self._in_danger and state.is_world_process_zero:
             self._zeros.require(CheckpointReader(saved), str(saved))
+
+
+class AfterEvaluation(TrainerCallback):
+    """Hands the model over each time the held-out windows have been looked at.
+
+    :param receive: called with the step, the held-out loss and the model
+    """
+
+    def __init__(self, receive: Callable[[int, float, torch.nn.Module], None]) -> None:
+        self._receive = receive
+
+    def on_evaluate(
+        self,
+        args: Any,  # noqa: ARG002
+        state: Any,
+        control: Any,  # noqa: ARG002
+        *,
+        model: Any,
+        metrics: dict[str, float],
+        **_: Any,
+    ) -> None:
+        """See the base class."""
+        self._receive(state.global_step, metrics["eval_loss"], model)
 
 
 class _StopWhenDiverging(TrainerCallback):
