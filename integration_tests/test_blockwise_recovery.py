@@ -355,7 +355,7 @@ def test_a_block_before_a_gap_is_fitted_to_what_comes_out_of_it(model, tokenizer
     assert any("4 blocks, error of the last one 0.00 % of the dense output before its fit" in text for _, text in lines)
 
 
-def test_blocks_of_a_checkpoint_are_recognised(model, tokenizer, windows, lines, scratch, tmp_path):
+def test_blocks_of_a_checkpoint_are_recognised(model, tokenizer, windows, tmp_path):
     """Two blocks and half of another one's channels are gone before: by the modifier and by `sinkprune recover`."""
     remove_blocks(model, [1, 4])
     keep_units(model, 2, channels=torch.arange(0, 512, 2))

@@ -35,8 +35,15 @@ def lines_of(done):
     return [text.replace("\r", "\n").splitlines() for text in (done.stdout, done.stderr)]
 
 
-def prune(run, folder, *more):
-    (folder / "recipe.yaml").write_text(RECIPE)
+STRUCTURED = """
+prune_stage:
+  prune_modifiers:
+    SinkAwareStructuredModifier: {mlp_channels: 0.5, allocation: error, diffusion_steps: 4, sample_interval: 2}
+"""
+
+
+def prune(run, folder, *more, recipe=RECIPE):
+    (folder / "recipe.yaml").write_text(recipe)
     options = ("--recipe", folder / "recipe.yaml", "--num-samples", 2, "--seq-len", 64, "--output", folder / "out")
     return lines_of(run("prune", EMBEDDED_MODEL, *options, *more))
 
@@ -59,6 +66,21 @@ def test_prune_says_one_line_for_each_stage(tmp_path):
     for shown in ("Loading weights", "Compression lifecycle", "Writing model shards"):
         assert any(shown in line for line in verbose), shown
         assert not any(shown in line for line in stderr), shown
+
+
+def test_structured_pruning_says_what_it_chose_and_what_is_left(tmp_path):
+    _, stderr = prune(run_process, tmp_path, recipe=STRUCTURED)
+    name = "SinkAwareStructuredModifier"
+    beginnings = [
+        "loading ",
+        "pruning with recipe.yaml (2 × 64 tokens, ",
+        f"{name}: 4 passes",
+        f"{name}: widths chosen by error, 1.3",
+        f"{name}: 6 blocks of 512 channels and 6 heads, 3.4 M parameters → 6 blocks of ",
+        f"writing {tmp_path}",
+    ]
+    assert len(stderr) == len(beginnings), stderr
+    assert all(map(str.startswith, stderr, beginnings)), stderr
 
 
 def test_the_demo_says_one_line_for_each_method(tmp_path):
