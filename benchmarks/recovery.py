@@ -103,6 +103,8 @@ def measure(text: Path | None, cases: list[str], options: RecoveryOptions) -> li
                     "seconds": round(seconds),
                 }
             )
+            # One row takes minutes: what is known isn't lost with the rest.
+            print(rows[-1], flush=True)
     return rows
 
 

@@ -74,7 +74,7 @@ def test_structured_pruning_says_what_it_chose_and_what_is_left(tmp_path):
     beginnings = [
         "loading ",
         "pruning with recipe.yaml (2 × 64 tokens, ",
-        f"{name}: 4 passes",
+        f"{name}: 4 passes + 4 passes + 4 passes through 6 blocks",
         f"{name}: widths chosen by error, 1.3",
         f"{name}: 6 blocks of 512 channels and 6 heads, 3.4 M parameters → 6 blocks of ",
         f"writing {tmp_path}",

@@ -1,6 +1,7 @@
 """Widths that differ from block to block: by the rise of the output errors, or by search under a budget."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -13,6 +14,7 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.hidden_states import MEMORY_SHARE
 from sinkprune_plugin.modifiers.passes import CalibrationPass, PassEngine
+from sinkprune_plugin.modifiers.run_estimate import SweepPlan
 from sinkprune_plugin.modifiers.structured_fields import StructuredFields
 from sinkprune_plugin.modifiers.targets import PruningTarget
 from sinkprune_plugin.modifiers.unit_costs import UnitCosts, count_costs, time_costs
@@ -42,6 +44,9 @@ class StructuredAllocation(StructuredFields):
 
     def _groups_of_levels(self) -> int:
         return len([unit for unit in self._units if unit.block not in self._gone])
+
+    def _level_sweeps(self, plan: SweepPlan) -> tuple[SweepPlan, ...]:
+        return () if self.allocation == "uniform" else (replace(plan, runs_per_block=1, streams=1),)
 
     def _choose_widths(self, engine: PassEngine, passes: Sequence[CalibrationPass]) -> None:
         """Set the width of every group of units, and put them into the fields, which the saved recipe has.
