@@ -345,12 +345,27 @@ def test_no_zeros_is_a_warning(pair, text, tmp_path):
         ({"tokens": 100}, "--steps 6 and --tokens 100 say the same thing"),
         ({"fsdp": True}, "fsdp splits a model over GPUs and there is none"),
         ({"dataset": "nowhere.txt"}, "nowhere.txt does not exist"),
+        (
+            {"options": RecoveryOptions(method="blockwise"), "resume": True},
+            "--resume belongs to methods distill and elbo",
+        ),
     ],
 )
 def test_wrong_calls(changed, message, pair, text, tmp_path):
+    call = {"options": RecoveryOptions(), "dataset": text} | SHORT | changed
     with pytest.raises(UsageError, match=message):
-        recover_model(*pair, tmp_path / "out", options=RecoveryOptions(), **({"dataset": text} | SHORT | changed))
+        recover_model(*pair, tmp_path / "out", **call)
     assert not list(tmp_path.iterdir())
+
+
+def test_models_are_two_and_neither_is_written_over(pair, text, tmp_path):
+    dense, pruned = pair
+    call = {"options": RecoveryOptions(), "dataset": text, "overwrite": True} | SHORT
+    with pytest.raises(UsageError, match="is given as the dense and as the pruned model"):
+        recover_model(dense, dense / ".", tmp_path / "out", **call)
+    for output in pair:
+        with pytest.raises(UsageError, match="is one of the two models that are read"):
+            recover_model(dense, pruned, output, **call)
 
 
 def test_text_too_short(pair, tmp_path):

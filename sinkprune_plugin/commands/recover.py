@@ -81,6 +81,11 @@ def recover_model(
         raise UsageError(
             f"device {device!r} can't be chosen here; use auto or cpu, and CUDA_VISIBLE_DEVICES to choose among GPUs"
         )
+    if options.method == "blockwise":
+        for name, value in (("--resume", resume), ("--fsdp", fsdp), ("--tensorboard", tensorboard)):
+            if value:
+                raise UsageError(f"{name} belongs to methods distill and elbo, not blockwise; leave it out")
+    _check_places(dense, pruned, output)
     use_cpu = choose_device(device).type == "cpu"
     if tensorboard is not None:
         _require_tensorboard()
@@ -129,6 +134,15 @@ def _report(result: Recovered, shown: Steps) -> None:
     )
     if result.stopped_because is not None:
         shown.note(f"stopped: {result.stopped_because}; the best state before was kept")
+
+
+def _check_places(dense: Path, pruned: Path, output: Path) -> None:
+    if dense.resolve() == pruned.resolve():
+        raise UsageError(f"{dense} is given as the dense and as the pruned model; name both")
+    for path in (dense, pruned):
+        # The dense weights may be read until the end, and the pruned ones may be wanted for comparison.
+        if output.resolve() == path.resolve():
+            raise UsageError(f"output {output} is one of the two models that are read; choose another directory")
 
 
 def _require_tensorboard() -> None:

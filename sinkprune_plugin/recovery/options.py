@@ -9,6 +9,8 @@ from sinkprune_plugin.errors import UsageError
 __all__ = ["RecoveryOptions"]
 
 _DISTILLATION = ("teacher_top_k", "temperature", "elbo_share")
+# Of a training from end to end, which goes through the whole model in each step.
+_END_TO_END = ("micro_batch_size", "gradient_checkpointing", "precision", "weight_bound", "weight_decay")
 
 
 class RecoveryOptions(BaseModel):
@@ -63,9 +65,13 @@ class RecoveryOptions(BaseModel):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        foreign = [name for name in _DISTILLATION if getattr(self, name) != type(self).model_fields[name].default]
+        given = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        foreign = [name for name in _DISTILLATION if name in given]
         if self.method != "distill" and foreign:
             raise UsageError(f"{foreign[0]} belongs to method distill, not {self.method}; leave it out")
+        whole = [name for name in _END_TO_END if name in given]
+        if self.method == "blockwise" and whole:
+            raise UsageError(f"{whole[0]} belongs to methods distill and elbo, not blockwise; leave it out")
         if self.method == "blockwise" and self.train == "lora":
             raise UsageError("train lora saves memory where method blockwise needs little; drop one of the two")
         if self.teacher_top_k and self.temperature != 1.0:

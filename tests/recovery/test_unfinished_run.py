@@ -55,6 +55,11 @@ def test_fingerprints_tell_texts_apart():
         ({"method": "elbo", "teacher_top_k": 4}, "teacher_top_k belongs to method distill, not elbo"),
         ({"method": "elbo", "temperature": 2.0}, "temperature belongs to method distill, not elbo"),
         ({"method": "blockwise", "elbo_share": 0.5}, "elbo_share belongs to method distill, not blockwise"),
+        (
+            {"method": "blockwise", "gradient_checkpointing": True},
+            "gradient_checkpointing belongs to methods",
+        ),
+        ({"method": "blockwise", "micro_batch_size": 2}, "micro_batch_size belongs to methods distill and elbo"),
         ({"method": "blockwise", "train": "lora"}, "train lora saves memory where method blockwise needs little"),
         ({"temperature": 2.0, "teacher_top_k": 4}, "temperature 2 needs the teacher's whole distribution"),
         ({"learning_rate": float("nan")}, "learning_rate"),
