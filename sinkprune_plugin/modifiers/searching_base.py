@@ -18,7 +18,7 @@ from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, Pa
 from sinkprune_plugin.modifiers.prediction_distance import PredictionDistance, kept_prediction_bytes, scored_passes
 from sinkprune_plugin.modifiers.run_estimate import RunEstimate, SearchPlan, hidden_state_bytes
 from sinkprune_plugin.modifiers.targets import PruningTarget
-from sinkprune_plugin.modifiers.trajectory import CorruptionSource, TrajectoryCorruption
+from sinkprune_plugin.modifiers.trajectory import CorruptionSource, TrajectoryCorruption, window_copies
 from sinkprune_plugin.pruning.evolution import Candidate, SearchOptions, SearchSpace, SearchState
 from sinkprune_plugin.pruning.search_rounds import search_options
 
@@ -52,12 +52,13 @@ class SearchingModifierBase(SinkAwareModifierBase):
             estimate = replace(estimate, search=search)
             if not self.search_recovery_steps:
                 return estimate
-            return self._with_recovery(estimate, options, model, tokens // num_batches, tokens * len(self._grid))
+            noisy = tokens * len(self._grid) * window_copies(self._corruption)
+            return self._with_recovery(estimate, options, model, tokens // num_batches, noisy)
 
     def _with_recovery(
-        self, estimate: RunEstimate, options: SearchOptions, model: torch.nn.Module, pass_tokens: int, tokens: int
+        self, estimate: RunEstimate, options: SearchOptions, model: torch.nn.Module, batch_tokens: int, tokens: int
     ) -> RunEstimate:
-        fitted = min(self._recovery_tokens(pass_tokens) // distributed.world_size(), tokens)
+        fitted = min(self._recovery_tokens(batch_tokens) // distributed.world_size(), tokens)
         measured = options.stages[-1].tokens // distributed.world_size()
         sizes = [
             [module.weight.numel() for module in block.modules() if isinstance(module, torch.nn.Linear)]
@@ -75,11 +76,11 @@ class SearchingModifierBase(SinkAwareModifierBase):
     def _groups_of_levels(self) -> int:
         """Number of groups that a search chooses a level for."""
 
-    def _search_options(self, batches: int, pass_tokens: int) -> SearchOptions:
+    def _search_options(self, batches: int, batch_tokens: int) -> SearchOptions:
         """How a search spends its budget.
 
         :param batches: calibration batches of all processes
-        :param pass_tokens: tokens of one of them
+        :param batch_tokens: tokens of one of them
         :return: the same options in every process
         :raises UsageError: if the budget isn't enough for one round
         """
@@ -87,15 +88,15 @@ class SearchingModifierBase(SinkAwareModifierBase):
         return search_options(
             self.search_budget,
             # All processes run a pass at a time.
-            pass_tokens * processes,
+            batch_tokens * window_copies(self._corruption) * processes,
             batches * len(self._grid) // processes,
             self._groups_of_levels(),
             self.seed,
-            self._recovery_tokens(pass_tokens),
+            self._recovery_tokens(batch_tokens),
         )
 
-    def _recovery_tokens(self, pass_tokens: int) -> int:
-        return self.search_recovery_steps * STEP_PASSES * pass_tokens
+    def _recovery_tokens(self, batch_tokens: int) -> int:
+        return self.search_recovery_steps * STEP_PASSES * batch_tokens * window_copies(self._corruption)
 
     # ---- the search
 
