@@ -11,6 +11,7 @@ from command_line import run_here
 from official_checkpoints import write_nemotron_labs
 from plain_nemotron_labs import plain_nemotron_labs
 
+from sinkprune_plugin.commands.recover import recover_model
 from sinkprune_plugin.diffusion import resolve_diffusion, sample_generator
 from sinkprune_plugin.formats import load_sparse_checkpoint
 from sinkprune_plugin.lm_eval.conditional_likelihood import answer_log_likelihoods, masked_counts
@@ -20,6 +21,7 @@ from sinkprune_plugin.modifiers.calibration import collect_batches
 from sinkprune_plugin.modifiers.passes import PassEngine
 from sinkprune_plugin.modifiers.sink_sweep import sweep_attention
 from sinkprune_plugin.modifiers.trajectory import TrajectoryCorruption, clean_pass, corrupted_passes
+from sinkprune_plugin.recovery.options import RecoveryOptions
 
 RECIPE = """prune_stage:
   prune_modifiers:
@@ -96,6 +98,24 @@ def test_verify_measures_it_in_the_one_mode_that_the_model_has(dense, pruned):
     assert {row["cache"] for row in report["speed"]["rows"]} == {"commit"}
     assert report["quality"]["elbo_dense"] > 1
     assert report["sparsity"]["total"]["sparsity"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("method", ["distill", "blockwise"])
+def test_recovery_comes_closer_to_the_dense_model_and_keeps_the_zeros(dense, pruned, tmp_path, method):
+    options = RecoveryOptions(method=method, batch_size=4, learning_rate=3e-3, held_out=0.25, seed=1)
+    result = recover_model(dense[0], pruned, tmp_path / "out", options=options, steps=8, seq_len=32, device="cpu")
+    assert result.held_out_after < result.held_out_before
+    before, after = load_sparse_checkpoint(pruned), load_sparse_checkpoint(tmp_path / "out")
+    assert all(not after[name][before[name] == 0].any() for name in before)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_sinks_of_an_open_block(dense, tmp_path):
+    done = run_here("sinks", dense[0], "--seq-len", 32, "--num-samples", 2, "--device", "cpu", "--output",
+                    tmp_path / "sinks")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "sinks" / "sinks.json").read_text())
+    assert report["model"]["family"] == "nemotron_labs"
 
 
 @pytest.mark.parametrize(

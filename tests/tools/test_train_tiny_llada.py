@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from sinkprune_plugin.diffusion import elbo_perplexity, resolve_diffusion
+from sinkprune_plugin.loading import load_model, load_tokenizer
 from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
 
 SCRIPT = Path(__file__).parent.parent.parent / "tools" / "train_tiny_llada.py"
@@ -232,3 +233,21 @@ def test_learning_rate_warms_up_and_falls(tool):
     assert 0.95 < max(rates) <= 1.0
     assert rates.index(max(rates)) in range(90, 110)
     assert 0 < rates[-1] < 0.02
+
+
+def test_a_model_that_denoises_block_by_block(tool, text, tmp_path):
+    output = tmp_path / "blocks"
+    assert tool.main(command(text, output, "--block-length", "8", "--kv-heads", "1")) == 0
+    model = load_model(output, torch.float32)
+    spec = resolve_diffusion(model.config)
+    assert (spec.name, spec.block_length, spec.mask_token_id) == ("nemotron_labs", 8, 2)
+    provenance = json.loads((output / "provenance.json").read_text())
+    # Far below 5.7 nats, those of guessing, the model would have seen the tokens that it predicts.
+    assert 4 < provenance["mean_loss_of_last_steps"] < math.log(300) + 0.5
+    windows = token_windows(read_documents(embedded_text("test")), load_tokenizer(output), 32, 4)
+    assert elbo_perplexity(model, windows, num_samples=2).perplexity < 1000
+
+
+def test_windows_that_the_blocks_do_not_divide(tool, text, tmp_path, capsys):
+    assert tool.main(command(text, tmp_path / "blocks", "--block-length", "20")) == 2
+    assert "32 tokens has less than two blocks of 20" in capsys.readouterr().err
