@@ -24,6 +24,7 @@ __all__ = [
     "check_blocks",
     "clean_inputs",
     "context_tokens",
+    "first_noisy",
     "keeps_logits",
     "noisy_inputs",
     "predict_noisy",
@@ -58,14 +59,14 @@ def noisy_inputs(
     :param clean_ids: (B, T) int64, the same windows without noise
     :param spec: the model's diffusion spec
     :param valid: (B, T) bool, False on padding; None: there is none
-    :param begin: first position that may be noisy. Blocks are counted from there, and it is where the noisy tokens
-        begin that the input ends with; only for a model that denoises block by block
+    :param begin: first position that may be noisy, of a model that denoises block by block. The noisy tokens with which
+        the input ends begin at :func:`first_noisy` of it
     :return: the arguments
     """
     if spec.block_length is None:
         arguments = {"input_ids": noisy_ids}
         return NoisyInputs(arguments if valid is None else arguments | {"attention_mask": valid.long()}, valid, 0)
-    length = noisy_ids.shape[1]
+    length, begin = noisy_ids.shape[1], first_noisy(begin, spec)
     context = context_length(length, spec.block_length, begin)
     rows = torch.cat([clean_ids[:, :context], noisy_ids[:, begin:]], dim=1)
     inputs = arranged(rows, spec, length, begin)
@@ -87,9 +88,23 @@ def arranged(rows: torch.Tensor, spec: DiffusionSpec, length: int, begin: int) -
     """
     if spec.block_length is None:
         return NoisyInputs({"input_ids": rows}, None, 0)
+    begin = first_noisy(begin, spec)
     positions, mask = _joint(length, spec.block_length, spec.context, begin)
     arguments = {"input_ids": rows, "attention_mask": mask, "position_ids": positions}
     return NoisyInputs(arguments, None, context_length(length, spec.block_length, begin))
+
+
+def first_noisy(begin: int, spec: DiffusionSpec) -> int:
+    """Where the noisy tokens of an input begin.
+
+    :param begin: first position that may be noisy
+    :param spec: the model's diffusion spec
+    :return: the same where blocks are counted from there; where they lie on a grid over the whole sequence
+        (``block_causal``), the beginning of its block, whose first tokens are open with the others
+    """
+    if spec.block_length is None or spec.context != "block_causal":
+        return begin
+    return begin // spec.block_length * spec.block_length
 
 
 def clean_inputs(clean_ids: torch.Tensor, spec: DiffusionSpec, valid: torch.Tensor | None = None) -> NoisyInputs:

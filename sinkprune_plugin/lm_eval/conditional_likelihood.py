@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from sinkprune_plugin.devices import input_device
 from sinkprune_plugin.diffusion import DiffusionSpec, NoisyInputs, noisy_inputs, predict_noisy, sample_generator
 from sinkprune_plugin.diffusion.evaluation_mode import evaluation_mode
-from sinkprune_plugin.diffusion.noisy_inputs import arranged
+from sinkprune_plugin.diffusion.noisy_inputs import arranged, first_noisy
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.sampling.guidance import guided_logits
 
@@ -95,7 +95,7 @@ def answer_log_likelihoods(
     rows, place = torch.cat([one.rows for one in noisy]).unique(dim=0, return_inverse=True)
     length = len(context) + len(answers[0]) + len(ending)
     # Of a model with blocks, only the noisy tokens' logits are there.
-    begin = len(context) if spec.block_length is None else 0
+    begin = len(context) if spec.block_length is None else len(context) - first_noisy(len(context), spec)
     totals = torch.zeros(len(noisy), dtype=torch.float64)
     with evaluation_mode(model):
         for first in range(0, len(rows), batch_size):

@@ -55,8 +55,9 @@ class DenoisingBatch:
         self.trajectories: list[list[torch.Tensor]] = [[] for _ in prompts]
         # With shifted logits: those that predict the first position of the open block, where a query doesn't hold them.
         self._before: torch.Tensor | None = None
-        if options.cache == "commit":
-            self._commit(0, self._prompt_length)
+        if options.cache == "commit" and self._prompt_length > options.offset:
+            # The rest of the prompt is in the first block, which isn't final.
+            self._commit(0, self._prompt_length - options.offset)
 
     def denoise_block(self, number: int) -> None:
         """Denoise one block of all rows that continue; blocks must come in order.
@@ -87,7 +88,7 @@ class DenoisingBatch:
         # Before the commit, which rebuilds what is kept of the rows that continue.
         self._retire(begin, end)
         if options.cache == "commit" and last < options.gen_length and len(self._active):
-            self._commit(begin, end)
+            self._commit(begin - (options.offset if first == 0 else 0), end)
 
     def sequence(self, row: int) -> torch.Tensor:
         """What was generated.
@@ -146,7 +147,9 @@ class DenoisingBatch:
         if cache == "prefix":
             logits = self._kept(begin, length, begin, end)
         else:
-            logits = self._forward(begin, end, visible=length if cache == "dual" else end)
+            # The first block may begin within the prompt.
+            known = self._options.offset if begin == self._prompt_length else 0
+            logits = self._forward(begin - known, end, visible=length if cache == "dual" else end)[:, known:]
         if self._before is None:
             return logits
         return torch.cat([self._before, logits[:, :-1]], dim=1)
@@ -164,7 +167,7 @@ class DenoisingBatch:
         if spec.block_length is None:
             self._keep_before(self._forward(begin, end)[:, -1:])
             return
-        mask = context_mask(end - begin, spec.block_length, spec.context, first=begin)[None, None]
+        mask = context_mask(end - begin, self._options.block_length, spec.context, first=begin)[None, None]
         # Those of a long prompt would be the largest tensor of all.
         last = {"logits_to_keep": 1} if self._keeps_logits else {}
         logits = self._forward(begin, end, attention_mask=mask.to(self._tokens.device), **last)

@@ -50,6 +50,8 @@ class SamplingOptions:
         (n + 1) (1 - c_n) < f, instead of a fixed number in each step
     :param early_stop: end a block as soon as an end-of-sequence token and all before it are unmasked; the text, which
         ends there, is the same
+    :param offset: tokens of the first block that the prompt ends with, for models whose blocks lie on a grid over
+        prompt and generation; the narrow block that this leaves may add a step
     :param cfg_scale: scale of classifier-free guidance; 0 is off
     :param seed: of the noise, 0 to 2^63 - 1
     :param top_k: 0 for all tokens
@@ -69,6 +71,7 @@ class SamplingOptions:
     top_p: float = 1.0
     factor: float | None = None
     early_stop: bool = False
+    offset: int = 0
 
     @property
     def fixed_steps(self) -> bool:
@@ -79,8 +82,8 @@ class SamplingOptions:
     def blocks(self) -> tuple[tuple[int, int], ...]:
         """Begin and end of each block in the canvas."""
         return tuple(
-            (begin, min(begin + self.block_length, self.gen_length))
-            for begin in range(0, self.gen_length, self.block_length)
+            (max(begin, 0), min(begin + self.block_length, self.gen_length))
+            for begin in range(-self.offset, self.gen_length, self.block_length)
         )
 
     def steps_in_block(self, block: int) -> int:
@@ -93,7 +96,8 @@ class SamplingOptions:
         :return: its steps; over all blocks they add up to ``steps``
         """
         begin, end = self.blocks[block]
-        return end * self.steps // self.gen_length - begin * self.steps // self.gen_length
+        # A first block that the prompt has a part of may be narrower than its share of a step.
+        return max(1, end * self.steps // self.gen_length - begin * self.steps // self.gen_length)
 
     def tokens_per_step(self, block: int) -> tuple[int, ...]:
         """How many tokens each step of a block unmasks; the first steps take the remainder.

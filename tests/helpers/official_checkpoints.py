@@ -392,7 +392,6 @@ def write_nemotron_labs(folder, *, seed=0, **changes):
         "architectures": ["NemotronLabsDiffusionModel"],
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "attn_implementation": "sdpa",
         "auto_map": {
             "AutoConfig": "configuration_nemotron_labs_diffusion.NemotronLabsDiffusionConfig",
             "AutoModel": "modeling_nemotron_labs_diffusion.NemotronLabsDiffusionModel",

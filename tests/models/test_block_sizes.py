@@ -20,7 +20,7 @@ from sinkprune_plugin.models.llada.modeling_llada import LLaDAModelLM
 WRITE = {
     "llada": (write_llada, {"n_layers": 3, "include_bias": True}),
     "llada grouped": (write_llada, {"n_layers": 3, "n_kv_heads": 3}),
-    "nemotron": (write_nemotron_labs, {"num_hidden_layers": 3, "block_size": 8}),
+    "nemotron": (write_nemotron_labs, {"num_hidden_layers": 3, "hidden_size": 48}),
     "dream": (write_dream, {"num_hidden_layers": 3, "num_attention_heads": 14, "num_key_value_heads": 7}),
 }
 CHANNELS, HEADS = torch.tensor([0, 3, 4, 5, 9, 40, 41, 71]), torch.tensor([2, 3, 4, 5])

@@ -170,8 +170,7 @@ def test_saving_keeps_tensor_names_values_and_official_keys(checkpoint, tmp_path
     assert saved.keys() == tensors.keys()
     assert all(torch.equal(saved[name], tensors[name]) for name in tensors)
     written = json.loads((tmp_path / "config.json").read_text())
-    # transformers keeps the choice of attention out of the file.
-    changing = {"transformers_version", "attn_implementation"}
+    changing = {"transformers_version"}
     assert {k: written.get(k, "missing") for k in config.keys() - changing} == {
         k: config[k] for k in config.keys() - changing
     }
