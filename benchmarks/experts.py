@@ -5,7 +5,7 @@ states of 2048) in the layout of LLaDA-MoE, with as many layers as asked for: 20
 then runs in a process of its own, whose peak resident memory is read at its end. The files are dropped from the page
 cache first where the system can do that; otherwise the table says that they may have been in memory (cold: False).
 
-    python benchmarks/experts.py --layers 20 --experts 0.5 --scratch DIR
+    python benchmarks/experts.py --layers 20 --experts 0.5 --scratch DIR2
 """
 
 import argparse
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ from sinkprune_plugin.formats.files.safetensors_header import TensorSpec
 from sinkprune_plugin.formats.files.shard_reader import INDEX_NAME
 from sinkprune_plugin.formats.files.shard_writer import ShardWriter, shard_names, split_into_shards, tensor_bytes
 
-WIDTH, CHANNELS, VOCABULARY = 2048, 512, 157184
+WIDTH, CHANNELS, HEADS, VOCABULARY = 2048, 512, 16, 157184
+NOISE = 64 << 20
 RECIPE = "prune_stage: {{prune_modifiers: {{ExpertPruningModifier: {{experts: {experts}, score: aimer}}}}}}\n"
 
 
@@ -37,7 +39,7 @@ def shapes(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
         for name in ("q", "k", "v", "o"):
             found[f"{layer}.self_attn.{name}_proj.weight"] = (WIDTH, WIDTH)
         for name in ("q_norm", "k_norm"):
-            found[f"{layer}.self_attn.{name}.weight"] = (128,)
+            found[f"{layer}.self_attn.{name}.weight"] = (WIDTH // HEADS,)
         found[f"{layer}.mlp.gate.weight"] = (experts, WIDTH)
         for number in range(experts):
             expert = f"{layer}.mlp.experts.{number}"
@@ -63,8 +65,8 @@ def write_checkpoint(folder: Path, layers: int, experts: int, chosen: int) -> in
         "expert_intermediate_size": CHANNELS,
         "dense_intermediate_size": 4 * WIDTH,
         "num_hidden_layers": layers,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
         "num_experts": experts,
         "num_experts_per_tok": chosen,
         "moe_layer_freq": [1] * layers,
@@ -78,7 +80,7 @@ def write_checkpoint(folder: Path, layers: int, experts: int, chosen: int) -> in
     files = shard_names(numbers[-1] + 1)
     generator = torch.Generator().manual_seed(0)
     # Random numbers are slow to make: a piece of this is each tensor, scaled by a random number.
-    noise = torch.randn(64 << 20, generator=generator).bfloat16()
+    noise = torch.randn(NOISE, generator=generator).bfloat16()
     weight_map: dict[str, str] = {}
     with tqdm(total=sum(spec.nbytes for spec in specs.values()), unit="B", unit_scale=True, desc="writing") as bar:
         for number, file in enumerate(files):
@@ -112,7 +114,7 @@ def drop_from_page_cache(folder: Path) -> bool:
     return True
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write, prune, measure, clean up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=20)
@@ -122,7 +124,7 @@ def main() -> None:
     parser.add_argument(
         "--scratch", type=Path, required=True, help="directory for both checkpoints, emptied at the end"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.scratch.exists():
         parser.error(f"{options.scratch} exists; name a directory that doesn't")
     needed = (

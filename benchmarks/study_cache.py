@@ -179,7 +179,7 @@ class _OnDenseRun(_Base):
 
     def _observe(self, leader: str, x: torch.Tensor, each: CalibrationPass) -> None:
         if self._run is not None:
-            self._dense_inputs[leader] = self._run.inputs[leader][self._number]
+            self._dense_inputs[leader] = self._run.inputs[leader][self._number], None
         super()._observe(leader, x, each)
 
 

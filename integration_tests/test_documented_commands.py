@@ -22,6 +22,7 @@ import yaml
 from command_line import run_here
 from documentation import Example, documented_examples, inline_commands
 from golden_data import RECIPES, REPOSITORY
+from official_checkpoints import write_llada_moe
 from sparse_models import prune_2_of_4
 
 from sinkprune_plugin import cli
@@ -38,6 +39,7 @@ NOT_RUN = {
     "pip install 'sinkprune-plugin[prune]'": "the same",
     "python tools/train_tiny_llada.py train.jsonl": "takes half an hour; test_train_tiny_llada.py trains such a model",
     "python benchmarks/study.py --results": "takes hours; test_study.py runs a cell of it",
+    "python benchmarks/experts.py --layers": "writes 40 GB; test_expert_benchmarks.py runs a small one",
     ".venv/bin/pre-commit install": "writes into the repository",
     'from llmcompressor import oneshot\n\noneshot(\n    model="GSAI-ML': "test_oneshot_data.py runs it as printed",
     "sinkprune serve demo-output": "test_vllm_server.py runs it as printed",
@@ -115,6 +117,8 @@ def workshop(tmp_path_factory, tasks, tokenizer):
         (folder / name).symlink_to(folder / "PRUNED")
     for name in ("MODEL", "DENSE", "AR-MODEL", "LLaDA-8B"):
         (folder / name).symlink_to(EMBEDDED_MODEL)
+    write_llada_moe(folder / "MOE-MODEL", vocab_size=2048, num_experts=8, torch_dtype="float32")
+    tokenizer.save_pretrained(folder / "MOE-MODEL")
     (folder / "recipes").symlink_to(RECIPES)
     (folder / "benchmarks").symlink_to(REPOSITORY / "benchmarks")
     (folder / "text.jsonl").symlink_to(embedded_text("calibration"))

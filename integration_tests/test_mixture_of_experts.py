@@ -7,6 +7,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from sinkprune_plugin.diffusion import DiffusionFamily
 from sinkprune_plugin.diffusion.families import _FAMILIES
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.modifiers.blockwise_recovery import BlockwiseRecoveryModifier
 from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot
 from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
 
@@ -31,9 +32,19 @@ def mixture(monkeypatch, tmp_path):
     return MixtralForCausalLM.from_pretrained(tmp_path).eval()
 
 
-def test_it_is_refused_and_left_alone(mixture, tokenizer, golden_windows):
+def test_its_experts_are_pruned_on_the_tokens_that_are_routed_to_them(mixture, tokenizer, golden_windows):
+    modifier = SinkAwareWandaModifier(sparsity=0.5, save_format="dense", **QUICK)
+    run_oneshot(mixture, tokenizer, modifier, golden_windows[:1])
+    assert sum("experts" in name for name in linears(mixture)) == 2 * 8 * 3
+    for name, module in linears(mixture).items():
+        if "lm_head" not in name:
+            assert float((module.weight == 0).float().mean()) == 0.5, name
+
+
+def test_blockwise_recovery_does_not_train_experts(mixture, tokenizer, golden_windows):
+    recipe = [SinkAwareWandaModifier(sparsity=0.5, **QUICK), BlockwiseRecoveryModifier(**QUICK)]
     with pytest.raises(UsageError, match=r"model\.layers\.0\.mlp\.experts holds 8 routed experts") as caught:
-        run_oneshot(mixture, tokenizer, SinkAwareWandaModifier(sparsity=0.5, **QUICK), golden_windows[:1])
+        run_oneshot(mixture, tokenizer, recipe, golden_windows[:1])
     assert "\n" not in str(caught.value)
     assert all(int((module.weight == 0).sum()) == 0 for module in linears(mixture).values())
 

@@ -1,5 +1,6 @@
 """What the modifiers that prune Linears share: statistics of their inputs, and the way from these to new weights."""
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -9,8 +10,9 @@ from compressed_tensors.offload import align_module_device, get_execution_device
 from llmcompressor.core import State
 from llmcompressor.utils.metric_logging import CompressionLogger
 from loguru import logger
-from pydantic import PrivateAttr
+from pydantic import Field, PrivateAttr
 
+from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.block_sparsities import in_text, resolve_blocks
 from sinkprune_plugin.modifiers.calibrating_base import CalibratingModifierBase
@@ -18,6 +20,7 @@ from sinkprune_plugin.modifiers.input_observer import InputObserver
 from sinkprune_plugin.modifiers.kept_zeros import KeptZeros
 from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, PassEngine, Watch
 from sinkprune_plugin.modifiers.recipe_order import blocks_at_its_turn, later_modifiers
+from sinkprune_plugin.modifiers.routing import ExpertKey
 from sinkprune_plugin.modifiers.run_estimate import SweepPlan
 from sinkprune_plugin.modifiers.targets import PruningTarget, require_prunable_dtype, resolve_targets, solving_cost
 
@@ -30,13 +33,23 @@ Solver = Callable[[torch.Tensor, float], tuple[torch.Tensor, float | None]]
 class SinkAwareModifierBase(CalibratingModifierBase):
     """Abstract base of the modifiers that prune Linears.
 
-    Fields: see :class:`SinkAwareFields`.
+    In the statistics of an expert's Linears only the tokens count that its router sends there, each times the router's
+    weight, whether or not llm-compressor was told to calibrate all experts.
+
+    Further fields: see :class:`SinkAwareFields`.
+
+    :param min_expert_tokens: an expert that gets fewer tokens than this in the whole calibration has statistics of all
+        tokens instead, as if each of them had been sent to it with a router's weight of 1
     """
 
     # Whether zeros in the weights are the result, which later modifiers must leave alone.
     _leaves_zeros: ClassVar[bool] = True
 
+    min_expert_tokens: int = Field(default=128, ge=0)
+
     _kept_zeros: KeptZeros = PrivateAttr()
+    # Experts that got too few tokens.
+    _fed_experts: set[ExpertKey] = PrivateAttr(default_factory=set)
     _zeros: int = PrivateAttr(default=0)
     _weights: int = PrivateAttr(default=0)
     _block_sparsities: list[float] | None = PrivateAttr(default=None)
@@ -55,6 +68,11 @@ class SinkAwareModifierBase(CalibratingModifierBase):
         for target in self._targets:
             require_prunable_dtype(target)
             self._structure.check_columns(target.name, target.module.in_features)
+        if self.allocation in ("error", "search") and any(target.expert for target in self._targets):
+            raise UsageError(
+                f"allocation {self.allocation} doesn't measure Linears of experts; give `sparsity` a list with one "
+                "value for each decoder block, or add the experts to `ignore`"
+            )
         if self.sparsity is not None:
             blocks = blocks_at_its_turn(self, len(self._blocks))
             left = [target for target in self._targets if target.block is None or target.block < blocks]
@@ -71,7 +89,7 @@ class SinkAwareModifierBase(CalibratingModifierBase):
 
     def _find_targets(self, model: torch.nn.Module) -> None:
         """Set the Linears to prune and the decoder blocks; refuses a model that has none."""
-        self._targets, self._blocks = resolve_targets(model, list(self.targets), self.ignore)
+        self._targets, self._blocks = resolve_targets(model, list(self.targets), self.ignore, routed=True)
 
     def _settle(self, values: list[float], note: str) -> None:
         """Take sparsities of the blocks that an allocation led to, also into the saved recipe.
@@ -157,9 +175,14 @@ class SinkAwareModifierBase(CalibratingModifierBase):
         :param advance_dense: pass on the outputs of the dense block, which saves a run, not of the pruned one
         :param last: its outputs aren't needed
         """
+        # Experts may need another run before the outputs are passed on.
+        later = advance_dense and any(target.expert for target in targets)
         if targets:
             self._observe_and_prune(
-                targets, lambda watch: block.run(watch, advance=advance_dense), stop=not advance_dense
+                targets,
+                lambda watch: block.run(watch, advance=advance_dense and not later),
+                before_pruning=(lambda _targets: block.run(advance=True)) if later and not last else None,
+                stop=not advance_dense,
             )
         if not block.advanced and not last:
             with distributed.failing_together():
@@ -172,17 +195,42 @@ class SinkAwareModifierBase(CalibratingModifierBase):
         before_pruning: Callable[[Sequence[PruningTarget]], None] | None = None,
         *,
         stop: bool = False,
+        dense: InputObserver | None = None,
     ) -> None:
         observer = InputObserver(targets, self._observe, stop=stop)
         with distributed.failing_together():
             handles = observer.attach(self.register_hook)
             run(observer.watching)
+            self._feed_experts(observer, targets, run, dense)
             self.remove_hooks(handles)
             observer.require_reached()
             self._finite.require()
         if before_pruning is not None:
             before_pruning(targets)
         self._prune(targets, observer.leaders)
+
+    def _feed_experts(
+        self,
+        observer: InputObserver,
+        targets: Sequence[PruningTarget],
+        run: Callable[[Watch], None],
+        dense: InputObserver | None,
+    ) -> None:
+        """Replace the statistics of experts that got too few tokens; the run's watch is still attached."""
+        if not observer.tokens_of_experts:
+            return
+        everywhere = distributed.gather_objects(observer.tokens_of_experts)
+        # Without any token there are no statistics at all.
+        floor = max(self.min_expert_tokens, 1)
+        hungry = {key for key in everywhere[0] if sum(part[key] for part in everywhere) < floor}
+        if not hungry:
+            return
+        self._fed_experts |= hungry
+        for target in targets:
+            if target.expert and target.expert.key in hungry and observer.leaders.get(target.name) == target.name:
+                self._take_statistics(target.name)
+        with observer.all_tokens(hungry), contextlib.nullcontext() if dense is None else dense.all_tokens(hungry):
+            run(observer.watching)
 
     def _prune(self, targets: Sequence[PruningTarget], leaders: dict[str, str]) -> None:
         """Prune targets whose statistics are complete.
@@ -243,3 +291,9 @@ class SinkAwareModifierBase(CalibratingModifierBase):
             f"{min(counts):.1f} to {max(counts):.1f} sinks per timestep, "
             f"{100 * self._tally.transient_share:.0f} % of them transient, {seconds:.1f} s"
         )
+        if self._fed_experts:
+            logger.info(
+                f"{type(self).__name__}: {len(self._fed_experts)} experts got fewer than "
+                f"{max(self.min_expert_tokens, 1)} tokens and have statistics of all tokens; more samples, or a lower "
+                "min_expert_tokens, change that"
+            )

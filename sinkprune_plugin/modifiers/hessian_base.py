@@ -1,7 +1,7 @@
 """What the modifiers that solve with a Hessian share: how it is gathered, and what is to be matched."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,9 +12,10 @@ from pydantic import Field, PrivateAttr, model_validator
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.allocating_base import AllocatingModifierBase
-from sinkprune_plugin.modifiers.input_observer import InputObserver
+from sinkprune_plugin.modifiers.input_observer import InputObserver, RoutedPass
 from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, PassEngine
 from sinkprune_plugin.modifiers.replaced_forward import forward_replaced, linear_with
+from sinkprune_plugin.modifiers.routing import ExpertKey
 from sinkprune_plugin.modifiers.run_estimate import SweepPlan, hessian_bytes
 from sinkprune_plugin.modifiers.targets import PruningTarget
 from sinkprune_plugin.modifiers.trajectory import clean_pass, spec_of, without_sinks
@@ -39,6 +40,8 @@ class HessianModifierBase(AllocatingModifierBase):
     :param within_block: ``parallel`` gathers all Hessians of a block before any of its Linears is pruned; with
         ``sequential`` a Linear sees the pruned ones that come before it in the block, at the cost of more runs of the
         block
+    :param expert_hessian_gb: most gigabytes of Hessians of experts that are held at once; more experts are pruned group
+        by group, each with a run of the block on all passes
     """
 
     calibrate_on: Literal["corrupted", "clean"] = "corrupted"
@@ -46,11 +49,12 @@ class HessianModifierBase(AllocatingModifierBase):
     offload_hessians: bool = False
     target: Literal["dense", "current"] = "current"
     within_block: Literal["sequential", "parallel"] = "parallel"
+    expert_hessian_gb: float = Field(default=8.0, gt=0.0, allow_inf_nan=False)
 
     _hessians: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
     _drifts: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
-    # Inputs that the dense model gives in the pass that is being run.
-    _dense_inputs: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+    # Inputs that the dense model gives in the pass that is being run; of experts with the tokens they are of.
+    _dense_inputs: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = PrivateAttr(default_factory=dict)
     _samples: int = PrivateAttr(default=0)
 
     @model_validator(mode="before")
@@ -92,16 +96,26 @@ class HessianModifierBase(AllocatingModifierBase):
 
     def _sweeps(self, clean: SweepPlan, noisy: SweepPlan) -> tuple[SweepPlan, ...]:
         # Sequential: at most as many groups as Linears in a block; which of them share an input shows in the run.
-        counts = [sum(target.block == index for target in self._targets) for index in range(len(self._blocks))]
-        groups = 1 if self.within_block == "parallel" else max(counts)
+        groups = max(self._most_groups(index) for index in range(len(self._blocks)))
         streams = 2 if self.target == "dense" else 1
         second = noisy if self.calibrate_on == "corrupted" else clean
         pruning = replace(second, runs_per_block=(groups + 1) * streams, streams=streams)
         return noisy, *self._level_sweeps(second), pruning
 
+    def _most_groups(self, block: int) -> int:
+        targets = [target for target in self._targets if target.block == block]
+        stages: dict[str, list[PruningTarget]] = {}
+        for target in targets:
+            stages.setdefault("" if self.within_block == "parallel" else stage_of(target), []).append(target)
+        of_experts = len(self._expert_groups(stages.values()))
+        return of_experts + sum(any(not target.expert for target in stage) for stage in stages.values())
+
     def _statistics_bytes(self, noisy: SweepPlan) -> int:
         del noisy
-        return hessian_bytes(self._targets) * (2 if self.target == "dense" else 1)
+        experts = int(self.expert_hessian_gb * 1e9)
+        matrices = 2 if self.target == "dense" else 1
+        most = hessian_bytes([target for target in self._targets if not target.expert], matrices)
+        return max(most, min(experts, hessian_bytes([target for target in self._targets if target.expert], matrices)))
 
     # ---- a block
 
@@ -126,6 +140,7 @@ class HessianModifierBase(AllocatingModifierBase):
                 lambda watch: block.run(watch, dense=dense_model if two_streams else None),
                 before_pruning=dense.remember if two_streams else None,
                 stop=True,
+                dense=before if two_streams else None,
             )
             self.remove_hooks(handles)
             self._dense_inputs.clear()
@@ -135,19 +150,52 @@ class HessianModifierBase(AllocatingModifierBase):
 
     def _groups(self, block: OnloadedBlock, targets: Sequence[PruningTarget]) -> list[list[PruningTarget]]:
         """Targets that are pruned together: all, or those that share an input, in the order of their calls."""
-        if self.within_block == "parallel" or not targets:
-            return [list(targets)] if targets else []
+        if not targets:
+            return []
+        if self.within_block == "parallel":
+            # Nothing in a block comes after its experts, so with them first all see the dense block.
+            rest = [target for target in targets if not target.expert]
+            return [*self._expert_groups([list(targets)]), *([rest] if rest else [])]
         observer = InputObserver(targets, lambda *_: None)
         with distributed.failing_together():
             handles = observer.attach(self.register_hook)
             block.run(observer.watching, only_first=True)
             self.remove_hooks(handles)
-            observer.require_reached()
         groups: dict[str, list[PruningTarget]] = {}
         by_name = {target.name: target for target in targets}
         for name, leader in observer.leaders.items():
-            groups.setdefault(leader, []).append(by_name[name])
-        return list(groups.values())
+            groups.setdefault(stage_of(by_name[leader]), []).append(by_name[name])
+        # An expert that the first pass doesn't reach has its Linears where others have theirs.
+        stages = {stage_of(target): stage for stage, group in groups.items() for target in group}
+        for target in targets:
+            if target.name not in observer.leaders and target.expert and stage_of(target) in stages:
+                groups[stages[stage_of(target)]].append(target)
+        with distributed.failing_together():
+            require_all(targets, groups.values())
+        return [
+            part for group in groups.values() for part in (self._expert_groups([group]) if group[0].expert else [group])
+        ]
+
+    def _expert_groups(self, groups: Iterable[list[PruningTarget]]) -> list[list[PruningTarget]]:
+        """Linears of experts, whole experts, in groups whose Hessians fit the limit."""
+        limit = self.expert_hessian_gb * 1e9
+        matrices = 2 if self.target == "dense" else 1
+        result: list[list[PruningTarget]] = []
+        for group in groups:
+            filled = limit
+            by_expert: dict[ExpertKey, list[PruningTarget]] = {}
+            for target in group:
+                if target.expert:
+                    by_expert.setdefault(target.expert.key, []).append(target)
+            for linears in by_expert.values():
+                # Those of one width share an input, or need no more than if they did, as gate and up do.
+                size = 4 * matrices * sum(columns**2 for columns in {t.module.in_features for t in linears})
+                if filled + size > limit:
+                    result.append([])
+                    filled = 0.0
+                result[-1] += linears
+                filled += size
+        return result
 
     def _report_dampening(self, leader: str, used: float) -> None:
         if used > self.dampening_frac:
@@ -162,9 +210,9 @@ class HessianModifierBase(AllocatingModifierBase):
 
     # ---- statistics
 
-    def _keep_dense_input(self, leader: str, x: torch.Tensor, _each: CalibrationPass) -> None:
+    def _keep_dense_input(self, leader: str, x: torch.Tensor, each: CalibrationPass) -> None:
         # A copy: the model may write into it later.
-        self._dense_inputs[leader] = x.clone()
+        self._dense_inputs[leader] = x.clone(), each.rows if isinstance(each, RoutedPass) else None
 
     def _observe(self, leader: str, x: torch.Tensor, each: CalibrationPass) -> None:
         weights = each.row_weights.to(x.device)
@@ -173,7 +221,11 @@ class HessianModifierBase(AllocatingModifierBase):
         self._finite.note(H.diagonal(), leader, each.source)
         if leader in self._dense_inputs:
             D = square_matrix(self._drifts, leader, x)
-            accumulate_drift(D, x, self._dense_inputs.pop(leader), weights, each.square_scale)
+            dense, rows = self._dense_inputs.pop(leader)
+            if rows is not None:
+                assert isinstance(each, RoutedPass)
+                dense = _of_same_tokens(dense, rows, x, each)
+            accumulate_drift(D, x, dense, weights, each.square_scale)
 
     def _take_statistics(self, leader: str) -> list[torch.Tensor]:
         taken = [matrices.pop(leader) for matrices in (self._hessians, self._drifts) if leader in matrices]
@@ -204,6 +256,40 @@ class _DenseWeights:
     def in_place(self, *_pass: Any) -> contextlib.AbstractContextManager[None]:
         """Let the pruned Linears compute with their dense weights; also as a watch of the engine, in every pass."""
         return forward_replaced([(module, linear_with(weight, module)) for module, weight in self._weights])
+
+
+def _of_same_tokens(dense: torch.Tensor, rows: torch.Tensor, x: torch.Tensor, each: RoutedPass) -> torch.Tensor:
+    """The dense model's inputs of the tokens in ``x``; where it sends a token elsewhere, the input that is there."""
+    place = torch.full((int(each.inputs["input_ids"].numel()),), -1, device=rows.device)  # type: ignore[union-attr]
+    place[rows] = torch.arange(len(rows), device=rows.device)
+    found = place[each.rows]
+    aligned = x.clone()
+    aligned[:, found >= 0] = dense[:, found[found >= 0]]
+    return aligned
+
+
+def stage_of(target: PruningTarget) -> str:
+    """What is pruned together: the Linear itself, or the same Linear of all experts of a layer.
+
+    :param target: the Linear
+    """
+    return target.name if target.expert is None else f"{target.expert.layer.name}.*.{target.expert.path}"
+
+
+def require_all(targets: Sequence[PruningTarget], groups: Iterable[Sequence[PruningTarget]]) -> None:
+    """Check that every target is in a group.
+
+    :param targets: the targets
+    :param groups: the groups
+    :raises UsageError: if one was never called in any pass
+    """
+    grouped = {target.name for group in groups for target in group}
+    missing = [target.name for target in targets if target.name not in grouped]
+    if missing:
+        raise UsageError(
+            f"calibration never reached {len(missing)} target(s): {', '.join(missing[:3])}; add them to `ignore` or "
+            "calibrate on data that uses them"
+        )
 
 
 def _weighted(each: CalibrationPass, weights: torch.Tensor) -> CalibrationPass:

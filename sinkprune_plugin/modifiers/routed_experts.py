@@ -9,8 +9,10 @@ from sinkprune_plugin.errors import UsageError
 __all__ = ["refuse_routed_experts"]
 
 
-def refuse_routed_experts(blocks_name: str, blocks: torch.nn.ModuleList, ignored: Collection[int]) -> None:
-    """Refuse decoder blocks with experts that the user doesn't ignore.
+def refuse_routed_experts(
+    blocks_name: str, blocks: torch.nn.ModuleList, ignored: Collection[int], known: Collection[int] = ()
+) -> None:
+    """Refuse decoder blocks with experts that the user doesn't ignore and whose routing isn't known.
 
     An expert sees the tokens that are routed to it only, and how many those are differs from expert to expert. With
     all tokens sent to all experts, as llm-compressor does while it calibrates, their statistics would include tokens
@@ -19,16 +21,21 @@ def refuse_routed_experts(blocks_name: str, blocks: torch.nn.ModuleList, ignored
     :param blocks_name: module name of the list of decoder blocks
     :param blocks: the decoder blocks
     :param ignored: ``id`` of each module that ``ignore`` matches
-    :raises UsageError: if a block has experts that aren't ignored
+    :param known: ``id`` of each list of experts whose routing is known
+    :raises UsageError: if a block has experts that are neither
     """
     for index, block in enumerate(blocks):
         for name, module, count in _experts(block):
             linears = list(_linears(module))
-            if id(module) in ignored or (linears and all(id(child) in ignored for child in linears)):
+            if (
+                id(module) in known
+                or id(module) in ignored
+                or (linears and all(id(child) in ignored for child in linears))
+            ):
                 continue
             parent = name.split(".")[0]
             raise UsageError(
-                f"{blocks_name}.{index}.{name} holds {count} routed experts, whose pruning is not supported; add "
+                f"{blocks_name}.{index}.{name} holds {count} routed experts, which this modifier doesn't support; add "
                 f'"re:.*\\.{parent}(\\..*)?$" to `ignore` to prune the rest of the model, or take a model without '
                 "experts"
             )

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,28 +11,36 @@ from llmcompressor.modeling.moe.linear_experts import ExpertMLP, LinearExperts2D
 
 from sinkprune_plugin.models.experts import MoELayer, Router, Routing
 
-__all__ = ["RoutedLayer", "find_routed_layers"]
+__all__ = ["ExpertKey", "ExpertPlace", "RoutedLayer", "expert_places", "find_routed_layers"]
+
+# Name of a list of experts, and a number in it.
+ExpertKey = tuple[str, int]
 
 # ``Modifier.register_hook``, which knows how to disable and remove hooks.
 RegisterHook = Callable[..., Any]
+# Gets the layer and the (N, d) hidden states that its router has just routed, before the experts are called.
+OnCall = Callable[["RoutedLayer", torch.Tensor], None]
 
 
 class RoutedLayer:
     """The experts of one decoder block while they are observed.
 
     :param name: full module name of the list of experts
+    :param container: the list
     :param experts: the experts, in their order
     """
 
-    def __init__(self, name: str, experts: list[torch.nn.Module]) -> None:
+    def __init__(self, name: str, container: torch.nn.Module, experts: list[torch.nn.Module]) -> None:
         self.name = name
+        self.container = container
         self.experts = experts
 
     @abstractmethod
-    def attach(self, register_hook: RegisterHook) -> Any:
+    def attach(self, register_hook: RegisterHook, on_call: OnCall | None = None) -> Any:
         """Follow the routing of each call from now on.
 
         :param register_hook: registers a hook
+        :param on_call: called when the routing of a call is known
         :return: its handle
         """
 
@@ -57,15 +66,17 @@ class _NativeLayer(RoutedLayer):
     """A layer of this package's models: its router returns the routing, and experts get routed tokens only."""
 
     def __init__(self, name: str, layer: MoELayer) -> None:
-        super().__init__(name, list(layer.experts))
+        super().__init__(name, layer.experts, list(layer.experts))
         self._router: Router = layer.gate
         self._routing: Routing | None = None
 
-    def attach(self, register_hook: RegisterHook) -> Any:
-        return register_hook(self._router, self._note, "forward")
+    def attach(self, register_hook: RegisterHook, on_call: OnCall | None = None) -> Any:
+        def note(_module: torch.nn.Module, args: tuple[Any, ...], output: Routing) -> None:
+            self._routing = output
+            if on_call is not None:
+                on_call(self, args[0])
 
-    def _note(self, _module: torch.nn.Module, _args: Any, output: Routing) -> None:
-        self._routing = output
+        return register_hook(self._router, note, "forward")
 
     def rows_of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._routing is not None  # the router comes before its experts
@@ -81,17 +92,20 @@ class _LinearizedLayer(RoutedLayer):
 
     def __init__(self, name: str, experts: LinearExperts2D) -> None:
         # Its activation function is among its children.
-        super().__init__(name, [child for child in experts.children() if isinstance(child, ExpertMLP)])
+        super().__init__(name, experts, [child for child in experts.children() if isinstance(child, ExpertMLP)])
         self._module = experts
         self._routing: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def attach(self, register_hook: RegisterHook) -> Any:
-        return register_hook(self._module, self._note, "forward_pre", with_kwargs=True)
+    def attach(self, register_hook: RegisterHook, on_call: OnCall | None = None) -> Any:
+        names = ("hidden_states", "top_k_index", "top_k_weights")
 
-    def _note(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        indices = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
-        weights = kwargs["top_k_weights"] if "top_k_weights" in kwargs else args[2]
-        self._routing = indices, weights
+        def note(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, indices, weights = (*args, *(kwargs[name] for name in names[len(args) :]))
+            self._routing = indices, weights
+            if on_call is not None:
+                on_call(self, hidden)
+
+        return register_hook(self._module, note, "forward_pre", with_kwargs=True)
 
     def rows_of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._routing is not None  # the list is called before its experts
@@ -116,3 +130,38 @@ def find_routed_layers(name: str, module: torch.nn.Module) -> Iterator[RoutedLay
             yield _NativeLayer(f"{child_name}.experts", child)
         elif isinstance(child, LinearExperts2D) and type(child).forward is LinearExperts2D.forward:
             yield _LinearizedLayer(child_name, child)
+
+
+@dataclass(frozen=True)
+class ExpertPlace:
+    """Which expert a module belongs to.
+
+    :param layer: its layer
+    :param number: its number there
+    :param path: name of the module within the expert
+    """
+
+    layer: RoutedLayer
+    number: int
+    path: str
+
+    @property
+    def key(self) -> ExpertKey:
+        """What tells the expert from others of the model."""
+        return self.layer.name, self.number
+
+
+def expert_places(name: str, module: torch.nn.Module) -> dict[int, ExpertPlace]:
+    """The Linears of all experts whose routing is known.
+
+    :param name: full module name
+    :param module: the list of decoder blocks, for instance
+    :return: ``id`` of the Linear → its expert
+    """
+    return {
+        id(child): ExpertPlace(layer, number, path)
+        for layer in find_routed_layers(name, module)
+        for number, expert in enumerate(layer.experts)
+        for path, child in expert.named_modules()
+        if isinstance(child, torch.nn.Linear)
+    }

@@ -111,16 +111,17 @@ def hidden_state_bytes(model: torch.nn.Module, tokens: int) -> int:
     return tokens * embedding.embedding_dim * embedding.weight.element_size()
 
 
-def hessian_bytes(targets: Sequence[PruningTarget]) -> int:
+def hessian_bytes(targets: Sequence[PruningTarget], matrices: int = 1) -> int:
     """Bytes of the float32 Hessians of the largest block, if none of its Linears shared an input.
 
     :param targets: all targets
+    :param matrices: for each input
     :return: upper bound of the bytes held at once
     """
     of_block: dict[int | None, int] = {}
     for target in targets:
-        of_block[target.block] = of_block.get(target.block, 0) + 4 * target.module.in_features**2
-    return max(of_block.values())
+        of_block[target.block] = of_block.get(target.block, 0) + 4 * matrices * target.module.in_features**2
+    return max(of_block.values(), default=0)
 
 
 def brought_in_bytes(model: torch.nn.Module, blocks: torch.nn.ModuleList, num_sweeps: int) -> int:

@@ -11,6 +11,7 @@ from loguru import logger
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
 from sinkprune_plugin.modifiers.routed_experts import refuse_routed_experts
+from sinkprune_plugin.modifiers.routing import ExpertPlace, expert_places
 
 __all__ = ["PruningTarget", "require_prunable_dtype", "resolve_targets", "solving_cost"]
 
@@ -24,15 +25,17 @@ class PruningTarget:
     :param name: full module name
     :param module: the Linear
     :param block: index of its decoder block, None for a Linear outside of them (named explicitly by the user)
+    :param expert: the expert that it belongs to, None for a Linear that gets all tokens
     """
 
     name: str
     module: torch.nn.Linear
     block: int | None
+    expert: ExpertPlace | None = None
 
 
 def resolve_targets(
-    model: torch.nn.Module, targets: list[str], ignore: list[str]
+    model: torch.nn.Module, targets: list[str], ignore: list[str], *, routed: bool = False
 ) -> tuple[list[PruningTarget], torch.nn.ModuleList]:
     """Resolve ``targets`` and ``ignore`` once, on full names.
 
@@ -43,14 +46,17 @@ def resolve_targets(
     :param targets: module class names, module names or ``re:`` patterns; also names of whole blocks or block classes,
         which select every Linear inside
     :param ignore: the same, for modules to leave alone
+    :param routed: experts may be among them where their routing is known
     :return: targets in module order, and the decoder blocks
-    :raises UsageError: if nothing matches, or the blocks hold routed experts
+    :raises UsageError: if nothing matches, or the blocks hold routed experts that can't be targets
     """
     blocks_name, blocks = find_decoder_blocks(model)
     ignored = {id(module) for _, module in match_named_modules(model, ignore)}
     # Matching a container selects every Linear inside; ignoring one excludes them all.
     ignored |= {id(child) for _, module in match_named_modules(model, ignore) for child in module.modules()}
-    refuse_routed_experts(blocks_name, blocks, ignored)
+    places = expert_places(blocks_name, blocks)
+    known = {id(place.layer.container) for place in places.values()} if routed else set()
+    refuse_routed_experts(blocks_name, blocks, ignored, known)
     class_names = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
 
     selected: dict[str, PruningTarget] = {}
@@ -65,7 +71,7 @@ def resolve_targets(
                     continue
                 matched += 1
                 if id(child) not in ignored:
-                    selected[child_name] = PruningTarget(child_name, child, block)
+                    selected[child_name] = PruningTarget(child_name, child, block, places.get(id(child)))
         if matched == 0:
             logger.warning(f'target "{target}" matches no Linear of {type(model).__name__}')
     if not selected:

@@ -10,7 +10,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.allocating_base import AllocatingModifierBase
 from sinkprune_plugin.modifiers.base import Solver
-from sinkprune_plugin.modifiers.input_observer import InputObserver
+from sinkprune_plugin.modifiers.input_observer import InputObserver, RoutedPass
 from sinkprune_plugin.modifiers.passes import CalibrationPass, PassEngine
 from sinkprune_plugin.modifiers.run_estimate import SweepPlan, hessian_bytes
 from sinkprune_plugin.modifiers.trajectory import without_sinks
@@ -107,7 +107,9 @@ class SinkAwareWandaModifier(AllocatingModifierBase):
         """Whether all inputs are kept while the sinks are found, so that one sweep is enough."""
         # A target outside the blocks gets its input after the last block, where that sweep ends.
         within_blocks = all(target.block is not None for target in self._targets)
-        one_sweep = within_blocks and not self.propagate_error and not self.measures_allocation
+        # Experts that get too few tokens need another run of their block.
+        experts = any(target.expert for target in self._targets)
+        one_sweep = within_blocks and not experts and not self.propagate_error and not self.measures_allocation
         return one_sweep and self._input_bytes(tokens) <= ONE_SWEEP_BYTES
 
     def _input_bytes(self, tokens: int) -> int:
@@ -140,7 +142,8 @@ class SinkAwareWandaModifier(AllocatingModifierBase):
         assert self.norm_aggregation is not None  # _choose_aggregation fills it
         norms = self._norms.setdefault(leader, ActivationNorms(self.norm_aggregation))
         weights = each.row_weights.to(x.device)
-        self._finite.note(norms.add(x, weights, each.square_scale), leader, each.source)
+        for sample, own in each.by_sample(x) if isinstance(each, RoutedPass) else [(x, weights)]:
+            self._finite.note(norms.add(sample, own.to(x.device), each.square_scale), leader, each.source)
         if self.reconstruct:
             accumulate_hessian(square_matrix(self._hessians, leader, x), x, weights, each.square_scale)
 
