@@ -7,16 +7,19 @@ import pytest
 import torch
 from command_line import run_here
 from golden_data import RECIPES
+from llmcompressor import oneshot
 from official_checkpoints import write_llada_moe
 from plain_forward import plain_llada_moe
 from safetensors.torch import load_file
 
+from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats.checkpoint_reader import CheckpointReader
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
 from sinkprune_plugin.models.sizes_in_config import sizes_in_config
 from sinkprune_plugin.modifiers import expert_files
 from sinkprune_plugin.modifiers.experts import ExpertPruningModifier
 from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot
+from sinkprune_plugin.modifiers.wanda import SinkAwareWandaModifier
 
 QUICK = {"diffusion_steps": 4, "sample_interval": 2}
 LAYERS, EXPERTS, CHOSEN = 3, 8, 2
@@ -246,6 +249,37 @@ def test_the_recipes_run_and_say_one_line_for_each_stage(name, runs, checkpoint,
     assert len(lines) == (4 if name == "aimer" else 5), lines
     assert load_model(tmp_path / "out").config.num_experts == 6
     assert json.loads((tmp_path / "out" / "sinkprune_provenance.json").read_text())["settings"]["recipe"]
+
+
+def test_without_data_plain_oneshot_needs_no_dataset(checkpoint):
+    model = load_model(checkpoint[0], torch.float32)
+    oneshot(model=model, recipe=ExpertPruningModifier(experts=2))
+    assert model.config.num_experts == EXPERTS - 2
+
+
+def test_with_a_score_that_needs_data_plain_oneshot_without_any_is_refused(checkpoint):
+    model = load_model(checkpoint[0], torch.float32)
+    with pytest.raises(UsageError, match="needs calibration data and got none"):
+        oneshot(model=model, recipe=ExpertPruningModifier(experts=2, score="reap"))
+    assert model.config.num_experts == EXPERTS
+
+
+@pytest.mark.parametrize("experts_first", [True, False])
+def test_it_stacks_with_the_pruning_of_single_weights(experts_first, checkpoint, tokenizer, tmp_path):
+    model = load_model(checkpoint[0], torch.float32)
+    experts = ExpertPruningModifier(experts=3, score="reap", **QUICK)
+    weights = SinkAwareWandaModifier(mask_structure="2:4", **QUICK)
+    recipe = [experts, weights] if experts_first else [weights, experts]
+    run_oneshot(model, tokenizer, recipe, ids(2, 24))
+    model.save_pretrained(tmp_path / "out")
+    written = CheckpointReader(tmp_path / "out")
+    assert written.format == "sparse-24-bitmask"
+    assert sum(".experts." in name for name in written.sparse_names) == 2 * 5 * 3
+    assert written.config["num_experts"] == 5
+    again = load_model(tmp_path / "out", torch.float32)
+    tokens = ids(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, model(tokens).logits, **CLOSE)
 
 
 # ---- bad input

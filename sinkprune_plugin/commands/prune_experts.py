@@ -67,8 +67,7 @@ def prune_experts_in_files(
             if earlier.is_file():
                 read_recipe(earlier)
             files = ExpertFiles(model_name, modifier)
-            # An upper bound: how much is removed depends on the format.
-            check_output(output, overwrite=overwrite, needed_bytes=files.nbytes)
+            check_output(output, overwrite=overwrite, needed_bytes=files.written_bytes)
         with steps.step(f"scoring experts with {recipe.name} (no data, weights read from the files)"):
             importances = files.scores()
         with steps.step(f"writing {output}"):

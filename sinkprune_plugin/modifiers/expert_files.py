@@ -73,9 +73,14 @@ class ExpertFiles:
         self._check()
 
     @property
-    def nbytes(self) -> int:
-        """Size of all tensors when dense, in bytes."""
-        return sum(self._reader.spec(name).nbytes for name in self._reader)
+    def written_bytes(self) -> int:
+        """About how many bytes :meth:`write` needs when dense."""
+        left = {index: 1 - self._choice.removed[index] / layer.experts for index, layer in self._choice.layers.items()}
+        total = 0.0
+        for name in self._reader:
+            place = self._experts.get(name)
+            total += self._reader.spec(name).nbytes * (1.0 if place is None else left[place.block])
+        return int(total)
 
     def scores(self) -> dict[int, torch.Tensor]:
         """Read the weights of all experts and score them; shows a progress bar.
