@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from official_checkpoints import write_llada_moe
+from sparse_models import prune_2_of_4
 from tiny_moe import write_tiny_moe
 from vllm_engine import make_engine
 from vllm_modules import forward_function, loader, tokens_of
 
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.formats import convert_checkpoint
 from sinkprune_plugin.loading import load_model, load_tokenizer
 from sinkprune_plugin.models.llada_moe import LLaDAMoEModelLM
 from sinkprune_plugin.sampling import denoise
@@ -72,6 +74,15 @@ def test_logits_of_the_plain_model(changes, tmp_path, load, logits):
     # float32 sums in another order (fused projections and experts, another attention kernel); logits of order 1.
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert expected.abs().max() > 0.5
+
+
+@pytest.mark.parametrize("sparse_format", ["sparse-24-bitmask", "sparse-bitmask"])
+def test_sparse_experts_give_the_logits_of_dense_ones(sparse_format, tmp_path, load, logits):
+    config, _ = write(tmp_path / "whole", experts=[5, 3])
+    prune_2_of_4(LLaDAMoEModelLM.from_pretrained(tmp_path / "whole")).save_pretrained(tmp_path / "dense")
+    convert_checkpoint(tmp_path / "dense", tmp_path / "sparse", sparse_format, progress=False)
+    dense, sparse = (logits(*load(tmp_path / name), tokens_of(config)) for name in ("dense", "sparse"))
+    assert torch.equal(sparse, dense)
 
 
 @pytest.mark.parametrize("experts", [None, [5, 3]])

@@ -22,9 +22,10 @@ from sinkprune_plugin.models.sizes_in_config import DENSE_KEY, SIZES_KEY, BlockS
 
 __all__ = ["CheckpointInfo", "LayerInfo", "inspect_checkpoint"]
 
-Role = Literal["linear", "embedding", "outside"]
+Role = Literal["linear", "embedding", "outside", "router"]
 
 _SCHEMA = 1
+_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.")
 # The first number in a name counts the decoder blocks; later ones count experts.
 _IN_A_BLOCK = re.compile(r"(?P<block>(?:.*?\.)??\d+)(?:\.(?P<rest>.*))?")
 
@@ -128,12 +129,12 @@ class CheckpointInfo:
           dense)
         - ``parameters``: elements of weights and biases; ``unpruned_parameters``: before units were removed, or null
         - ``block_sizes``: null where all decoder blocks are alike, or for each ``mlp_channels``, ``attention_heads``,
-          ``key_value_heads``
+          ``key_value_heads``, and ``experts`` where it has some
         - ``total``: a *summary* of all Linears in decoder blocks
         - ``by_type``: module type → summary
         - ``by_block``: decoder block → module type → summary
-        - ``by_layer``: module → summary and ``role`` (``linear``, ``embedding``, ``outside``), ``type``, ``block``
-          (null outside), ``dtype``, ``shape``, ``sparse`` (stored in parts); all 2-D weights, pruned or not
+        - ``by_layer``: module → summary and ``role`` (``linear``, ``embedding``, ``outside``, ``router``), ``type``,
+          ``block`` (null outside), ``dtype``, ``shape``, ``sparse`` (stored in parts); all 2-D weights, pruned or not
         - ``uncounted``: names of tensors in a packed form, in which zeros can't be counted
         - ``readers``: list of ``{reader, loads, note}`` with ``loads`` one of ``yes``, ``no``, ``untested``
 
@@ -285,11 +286,14 @@ def _count_layers(info: CheckpointInfo, reader: CheckpointReader) -> None:
             wanted[module] = name
             size += spec.nbytes
     types = _module_types(wanted)
+    routers = _routers({module: reader.spec(name).shape[0] for module, name in wanted.items()})
     with tqdm(total=size, desc="counting zeros", unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for module, name in sorted(wanted.items(), key=lambda item: _natural_order(item[0])):
             spec = reader.spec(name)
             block = _split(module)[0]
             role: Role = "embedding" if is_embedding(name) else "outside" if block is None else "linear"
+            if module in routers:
+                role = "router"
             info.layers[module] = LayerInfo(
                 role=role,
                 type=types[module],
@@ -300,6 +304,15 @@ def _count_layers(info: CheckpointInfo, reader: CheckpointReader) -> None:
                 count=count_zeros(reader[name]),
             )
             bar.update(spec.nbytes)
+
+
+def _routers(rows: dict[str, int]) -> set[str]:
+    """Weights beside a list of experts with a row for each, which choose among these: no modifier prunes them."""
+    experts: dict[str, set[str]] = {}
+    for module in rows:
+        if match := _EXPERT.match(module):
+            experts.setdefault(match[1], set()).add(match[2])
+    return {module for module, count in rows.items() if len(experts.get(module.rpartition(".")[0], ())) == count}
 
 
 def _module_types(modules: dict[str, str]) -> dict[str, str]:

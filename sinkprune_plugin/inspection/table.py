@@ -97,12 +97,13 @@ def _row(name: str, layers: list[LayerInfo]) -> tuple[Text, ...]:
 
 def _sizes(block_sizes: list[BlockSizes]) -> Table:
     """A row for each run of blocks that are alike."""
-    numbers = ("MLP channels", "attention heads", "key and value heads")
+    routed = any(sizes.experts for sizes in block_sizes)
+    numbers = ("MLP channels", "attention heads", "key and value heads", *(["experts"] if routed else []))
     table = _table("block", *numbers, numbers=numbers)
     first = 0
     for sizes, run in groupby(block_sizes):
         last = first + len(list(run)) - 1
-        cells = (sizes.mlp_channels, sizes.attention_heads, sizes.key_value_heads)
+        cells = [sizes.mlp_channels, sizes.attention_heads, sizes.key_value_heads, *([sizes.experts] if routed else [])]
         table.add_row(*map(Text, (f"{first}" if first == last else f"{first} to {last}", *map(str, cells))))
         first = last + 1
     return table
@@ -142,7 +143,7 @@ def _not_pruned(layers: dict[str, LayerInfo]) -> Table:
     numbers = ("weights", "sparsity")
     table = _table("module", "", *numbers, numbers=numbers)
     for name, layer in list(layers.items())[:_MOST_NAMES]:
-        kind = "embedding" if layer.role == "embedding" else ""
+        kind = "" if layer.role == "outside" else layer.role
         table.add_row(*map(Text, (name, kind, f"{layer.count.weights:,}", f"{layer.count.sparsity:.4f}")))
     if len(layers) > _MOST_NAMES:
         table.add_row(Text(f"and {len(layers) - _MOST_NAMES} more (--json has all)"), "", "", "")
