@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+from official_checkpoints import write_nemotron_labs
 from vllm_engine import prepare_vllm
 from vllm_gpu_platform import simulated_gpu
 
@@ -240,3 +241,23 @@ def test_a_scheduler_of_the_users_is_replaced_with_a_word(make, log):
 def test_synchronous_scheduling_can_be_chosen(make, log):
     assert make(async_scheduling=False).scheduler_config.async_scheduling is False
     assert not any("asynchronous scheduling" in line for line in log)
+
+
+def test_a_model_whose_blocks_and_context_differ_in_causality_gets_a_backend_that_can(tmp_path, monkeypatch):
+    """FlashAttention 4, vLLM's choice on an H100, takes it request by request; earlier ones and FlashInfer don't."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.platforms.interface import DeviceCapability
+
+    write_nemotron_labs(tmp_path, head_dim=32)
+
+    def backend(**options):
+        made = EngineArgs(model=str(tmp_path), skip_tokenizer_init=True, **options).create_engine_config()
+        return made.attention_config.backend
+
+    assert backend() is None
+    with pytest.raises(ValueError, match="NemotronLabsDiffusionModel mixes causal and bidirectional attention"):
+        backend(attention_backend="FLASHINFER")
+    older = classmethod(lambda cls, device_id=0: DeviceCapability(8, 0))
+    monkeypatch.setattr(type(current_platform), "get_device_capability", older)
+    assert backend().name == "TRITON_ATTN"
