@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from command_line import run_here
-from official_checkpoints import write_nemotron_labs
+from nemotron_labs_checkpoints import write_nemotron_labs
 from plain_nemotron_labs import plain_nemotron_labs
 
 from sinkprune_plugin.commands.recover import recover_model

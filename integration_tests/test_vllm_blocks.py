@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from official_checkpoints import write_nemotron_labs
+from nemotron_labs_checkpoints import write_nemotron_labs
 from vllm_engine import make_engine
 
 from sinkprune_plugin.loading import load_model

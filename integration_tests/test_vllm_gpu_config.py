@@ -4,7 +4,7 @@ import json
 import logging
 
 import pytest
-from official_checkpoints import write_nemotron_labs
+from nemotron_labs_checkpoints import write_nemotron_labs
 from vllm_engine import prepare_vllm
 from vllm_gpu_platform import simulated_gpu
 

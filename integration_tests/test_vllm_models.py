@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from official_checkpoints import write_dream, write_llada, write_nemotron_labs
+from nemotron_labs_checkpoints import write_nemotron_labs
+from official_checkpoints import write_dream, write_llada
 from safetensors.torch import load_file, save_file
 from unequal_blocks import write_unequal_dream, write_unequal_llada
 from vllm_engine import prepare_vllm

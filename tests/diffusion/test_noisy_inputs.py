@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from official_checkpoints import write_nemotron_labs
+from nemotron_labs_checkpoints import write_nemotron_labs
 from plain_nemotron_labs import plain_nemotron_labs
 
 from sinkprune_plugin.diffusion import (

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from official_checkpoints import write_dream, write_llada, write_nemotron_labs
+from nemotron_labs_checkpoints import write_nemotron_labs
+from official_checkpoints import write_dream, write_llada
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sinkprune_plugin.errors import UsageError

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from official_checkpoints import TRACE, write_nemotron_labs
+from nemotron_labs_checkpoints import write_nemotron_labs
+from official_checkpoints import TRACE
 from plain_nemotron_labs import frequencies, generation_visible, plain_nemotron_labs
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, Ministral3Config, Ministral3ForCausalLM

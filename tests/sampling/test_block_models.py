@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from block_references import plain_block_logits
-from official_checkpoints import write_llada2, write_nemotron_labs
+from nemotron_labs_checkpoints import write_nemotron_labs
+from official_checkpoints import write_llada2
 from plain_llada2 import block_visible, plain_llada2
 from sampling_references import plain_denoise
 
