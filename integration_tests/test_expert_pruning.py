@@ -8,7 +8,7 @@ import torch
 from command_line import run_here
 from golden_data import RECIPES
 from llmcompressor import oneshot
-from official_checkpoints import write_llada_moe
+from official_checkpoints import write_llada2, write_llada_moe
 from plain_forward import plain_llada_moe
 from safetensors.torch import load_file
 
@@ -249,6 +249,35 @@ def test_the_recipes_run_and_say_one_line_for_each_stage(name, runs, checkpoint,
     assert len(lines) == (4 if name == "aimer" else 5), lines
     assert load_model(tmp_path / "out").config.num_experts == 6
     assert json.loads((tmp_path / "out" / "sinkprune_provenance.json").read_text())["settings"]["recipe"]
+
+
+@pytest.mark.parametrize("score", ["aimer", "reap"])
+def test_llada2_loses_as_many_of_each_group_of_its_router(score, tokenizer, tmp_path):
+    """A dense layer first, a shared expert, a bias in the router, and noise block by block."""
+    write_llada2(tmp_path / "dense", vocab_size=2048, torch_dtype="float32")
+    loaded = prune(tmp_path / "dense", tokenizer, ids(2, 16), experts=0.3, score=score, **QUICK)
+    loaded.save_pretrained(tmp_path / "loaded")
+    kept = loaded.config.sinkprune_kept_experts
+    # Of 12 experts in four groups 3.6 would go; four is the nearest.
+    assert kept[0] == []
+    assert [len([number for number in kept[1] if number // 3 == group]) for group in range(4)] == [2] * 4
+    dense, result = CheckpointReader(tmp_path / "dense"), CheckpointReader(tmp_path / "loaded")
+    for name in ("weight", "expert_bias"):
+        router = f"model.layers.1.mlp.gate.{name}"
+        assert torch.equal(result[router], dense[router][kept[1]].to(result[router].dtype))
+    if score == "aimer":
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("s_stage: {s_modifiers: {ExpertPruningModifier: {experts: 0.3}}}")
+        done = run_here("prune", tmp_path / "dense", "--recipe", recipe, "--output", tmp_path / "files")
+        assert done.returncode == 0, done.stderr
+        files = CheckpointReader(tmp_path / "files")
+        assert set(files) == set(result)
+        assert all(torch.equal(files[name], result[name].to(files[name].dtype)) for name in files)
+        assert files.config["num_experts"] == 8
+    tokens = ids(1, 8)
+    with torch.no_grad():
+        again = load_model(tmp_path / "loaded", torch.float32)
+        torch.testing.assert_close(again(tokens).logits, loaded(tokens).logits, **CLOSE)
 
 
 def test_without_data_plain_oneshot_needs_no_dataset(checkpoint):

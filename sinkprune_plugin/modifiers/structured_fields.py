@@ -24,6 +24,8 @@ _REFUSED = {
     "search_directory": "a search over widths keeps its levels in main memory",
     "allocation_note": "it belongs to a list of sparsities",
     "allocation_spread": "give `mlp_channels` a list with one value for each decoder block",
+    "min_expert_tokens": "units of experts aren't removed",
+    "expert_hessian_gb": "units of experts aren't removed",
 }
 
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*x")
@@ -39,6 +41,8 @@ class StructuredFields(HessianModifierBase):
     allocation_spread: float = Field(default=0.1, exclude=True)
     search_directory: str | None = Field(default=None, exclude=True)
     allocation_note: str | None = Field(default=None, exclude=True)
+    min_expert_tokens: int = Field(default=0, exclude=True)
+    expert_hessian_gb: float = Field(default=8.0, exclude=True)
 
     mlp_channels: Amounts = 0
     attention_heads: Amounts = 0

@@ -46,8 +46,12 @@ class ExpertLayer:
 
     @property
     def fewest(self) -> int:
-        """Experts that must stay, so that a token still finds as many as it chooses in the groups that it chooses."""
-        return self.groups * math.ceil(self.chosen / self.chosen_groups)
+        """Experts that must stay, so that a token still finds as many as it chooses in the groups that it chooses.
+
+        Routers rank groups by their best two experts.
+        """
+        each = math.ceil(self.chosen / self.chosen_groups)
+        return self.groups * (each if self.groups == 1 else max(each, 2))
 
     def removed(self, amount: int | float, where: str) -> int:
         """How many go, as many from each group.

@@ -165,6 +165,8 @@ def test_an_amount_is_a_share_or_a_number(layer, amount, removed):
         (ExpertLayer(64, 8), 0.9, "leaves 6 of the 64 experts"),
         (ExpertLayer(64, 8), 99, "leaves 0 of the 64 experts"),
         (ExpertLayer(256, 8, groups=8, chosen_groups=4), 100, "multiple of the 8 groups.*give 96 or 104"),
+        # A group's rank takes two of its experts.
+        (ExpertLayer(16, 4, groups=4, chosen_groups=4), 12, "chooses 4 in 4 of 4 groups; remove at most 8"),
         # Two in each of four groups are the eight that a token chooses.
         (ExpertLayer(256, 8, groups=8, chosen_groups=4), 248, "chooses 8 in 4 of 8 groups; remove at most 240"),
     ],
