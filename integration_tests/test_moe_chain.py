@@ -79,6 +79,18 @@ def test_verify_compares_quality_and_speed(sparse, dense):
     assert content["sparsity"]["total"]["structure"] == "2:4"
 
 
+def test_recovery_keeps_the_zeros(sparse, dense, tmp_path):
+    short = ("--steps", 2, "--seq-len", 32, "--batch-size", 2, "--evaluations", 1, "--device", "cpu")
+    done = run_here("recover", dense, sparse, "--output", tmp_path / "recovered", *short)
+    assert done.returncode == 0, done.stderr
+    before, after = (json.loads(run_here("info", path, "--json").stdout) for path in (sparse, tmp_path / "recovered"))
+    assert after["total"]["zeros"] == before["total"]["zeros"]
+    assert (after["format"], after["total"]["structure"]) == (before["format"], "2:4")
+    weights = [load_model(path, torch.float32).state_dict() for path in (sparse, tmp_path / "recovered")]
+    changed = [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
+    assert any(".mlp.experts." in name for name in changed)
+
+
 def test_lm_eval_takes_it(sparse, pruned, tasks):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness isn't installed (sinkprune-plugin[eval])")
     from lm_eval import simple_evaluate
