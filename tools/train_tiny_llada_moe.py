@@ -4,7 +4,7 @@
 
 TRAIN_TEXT is a .txt or .jsonl file; the dense model is sinkprune_plugin/assets/tiny-llada unless --dense names another.
 With the defaults (0.8 M tokens; 5.2 M parameters, of which each token passes 2.6 M) this takes some five minutes of one
-core. Trained on the addresses that tiny-llada was trained on, its ELBO perplexity on those kept for testing is 82.7 ± 3.3
+core. Trained on the text that tiny-llada was trained on, its ELBO perplexity on the text kept for testing is 82.7 ± 3.3
 (64 windows of 256 tokens; tiny-llada's on the same is 59.3 ± 5.9, with fewer noise samples).
 
 Everything but the MLPs is taken as it is. The channels of each MLP are dealt to the experts at random, as in LLaMA-MoE
