@@ -3,7 +3,8 @@
 import pytest
 import torch
 from llmcompressor import oneshot
-from official_checkpoints import write_llada_moe
+from llmcompressor.core import State
+from official_checkpoints import write_llada2, write_llada_moe
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from sinkprune_plugin.diffusion import DiffusionFamily, resolve_diffusion
@@ -231,3 +232,19 @@ def test_what_an_allocation_measures_does_not_include_experts(moe, tokenizer, wi
     modifier = SinkAwareWandaModifier(sparsity=0.5, allocation="error", **QUICK)
     with pytest.raises(UsageError, match="allocation error doesn't measure Linears of experts"):
         run_oneshot(moe, tokenizer, modifier, windows)
+
+
+def test_padded_samples_of_a_model_that_denoises_block_by_block_are_calibrated_on(tmp_path, windows):
+    """Its passes hold clean context besides the noisy tokens, so they are longer than the samples."""
+    write_llada2(tmp_path, vocab_size=2048, torch_dtype="float32")
+    state = State()
+    state.model = load_model(tmp_path, torch.float32)
+    padding = torch.ones_like(windows)
+    padding[1, 12:] = 0
+    state.data.calib = [{"input_ids": windows, "attention_mask": padding}]
+    modifier = SinkAwareWandaModifier(sparsity=0.5, **QUICK)
+    modifier.on_initialize(state)
+    modifier.on_calibration_start(state, None)
+    for name, module in state.model.model.layers.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert float((module.weight == 0).float().mean()) == 0.5, name

@@ -196,10 +196,11 @@ class CalibratingModifierBase(SinkAwareFields):
                 engine, passes, len(passes) * len(self._blocks), title=self._title("finding sinks"), watch=watch
             )
         masks = []
-        for index, batch in enumerate(self._batches):
-            steps = masses[index * len(self._grid) : (index + 1) * len(self._grid)]
-            mass = torch.stack(steps, dim=1)
-            valid = None if batch.valid is None else batch.valid.to(mass.device).unsqueeze(1).expand_as(mass)
+        for first in range(0, len(passes), len(self._grid)):
+            mass = torch.stack(masses[first : first + len(self._grid)], dim=1)
+            # Of the pass, which may hold clean context as well.
+            valid = passes[first].valid
+            valid = None if valid is None else valid.to(mass.device).unsqueeze(1).expand_as(mass)
             mask = soft_sink_mask(mass, self.sink_std, self.sink_alpha, valid=valid)
             self._tally.add(mask)
             masks.append(transient_sink_mask(mask, self.sink_persistence) if self.sink_scope == "transient" else mask)
