@@ -31,8 +31,8 @@ class LatencyTable:
     """Medians in seconds, of rounds made comparable.
 
     :param blocks: one block of each size
-    :param rest: the rest of a denoising step: embedding, final norm, vocabulary projection, and the choice of tokens
-        for a block of 32 positions
+    :param rest: the rest of a denoising step: embedding, final norm, and for a block of 32 positions the vocabulary
+        projection and the choice of tokens
     """
 
     blocks: dict[BlockSizes, float]
@@ -69,7 +69,7 @@ def time_blocks(
     for each in sizes:
         block = type(blocks[0])(config, each).to(device=device, dtype=dtype).eval()
         calls[each] = _calling(block, call)
-    calls[None] = lambda: _choose_tokens(model(input_ids=ids).logits)
+    calls[None] = lambda: _choose_tokens(model(input_ids=ids, logits_to_keep=BLOCK_LENGTH).logits)
     skipped = [(block, lambda hidden_states, *_args, **_kwargs: hidden_states) for block in blocks]
     with torch.no_grad(), forward_replaced(skipped):
         first = {key: [_timed(function, device) for _ in range(WARM_UP)][-1] for key, function in calls.items()}
@@ -102,7 +102,7 @@ def _table(seconds: Sequence[Mapping[BlockSizes | None, float]], weights: Mappin
 
 def _choose_tokens(logits: torch.Tensor) -> None:
     """What the sampler does with the logits of the open block, greedily and by confidence."""
-    rows = logits[:, -BLOCK_LENGTH:].flatten(0, 1)
+    rows = logits.flatten(0, 1)
     zeros = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     propose(
         rows,
