@@ -3,6 +3,7 @@
 - *solver*: ``pruning.admm.solve`` against SparseGPT's loop over columns (``pruning.sparsegpt.sparsify_weight``), each
   with its own preparation of the same random Hessian, on one weight (``--rows`` × ``--columns``, float32). The widest
   Linear of an 8 B model is 4096 × 12288: minutes on a CPU.
+- *removal*: ``pruning.obs.obs_path``, which removes half of the columns one at a time, against the same loop.
 - *calibration*: both modifiers through oneshot() at equal passes (``within_block: parallel``, ``target: current``), on
   the embedded model and, with ``--large``, on benchmarks/offload.py's random model of 500 million parameters; and ADMM
   with its defaults (``sequential``, ``target: dense``), which takes more passes.
@@ -30,7 +31,7 @@ from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 from sinkprune_plugin.modifiers.admm import SinkAwareADMMModifier
 from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot
 from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
-from sinkprune_plugin.pruning import admm, sparsegpt
+from sinkprune_plugin.pruning import admm, obs, sparsegpt
 from sinkprune_plugin.pruning.hessian import prepare_hessian
 from sinkprune_plugin.pruning.patterns import MaskStructure
 
@@ -38,8 +39,13 @@ SPARSITY = 0.75
 UNSTRUCTURED = MaskStructure(0, 0)
 
 
-def solver_runs(rows: int, columns: int) -> dict[str, Callable[[], Any]]:
-    """One weight with a random Hessian of correlated inputs, and what solves it."""
+def solver_runs(rows: int, columns: int, rival: str) -> dict[str, Callable[[], Any]]:
+    """One weight with a random Hessian of correlated inputs, and what solves it.
+
+    :param rows: of the weight
+    :param columns: of the weight
+    :param rival: ``ADMM`` or ``OBS``, beside SparseGPT
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2 * columns, columns, generator=generator)
     # Neighbouring features correlate.
@@ -54,7 +60,10 @@ def solver_runs(rows: int, columns: int) -> dict[str, Callable[[], Any]]:
     def together() -> Any:
         return admm.solve(W, prepare_hessian(H.clone(), 0.01, "weight"), SPARSITY, UNSTRUCTURED)
 
-    return {"SparseGPT": columns_in_turn, "ADMM": together}
+    def one_at_a_time() -> Any:
+        return obs.obs_path(W, prepare_hessian(H.clone(), 0.01, "weight", invertible=True), 1, columns // 2)
+
+    return {"SparseGPT": columns_in_turn, rival: {"ADMM": together, "OBS": one_at_a_time}[rival]}
 
 
 def calibration_runs(model_name: Any, windows: torch.Tensor, **grid: int) -> dict[str, Callable[[], Any]]:
@@ -93,15 +102,21 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=3072, help="columns of the weight (default 3072)")
     parser.add_argument("--windows", type=int, default=4, help="calibration windows of 256 tokens (default 4)")
     parser.add_argument("--large", action="store_true", help="the model of 500 million parameters as well")
-    parser.add_argument("--only", choices=["solver", "tiny-llada", "500 M"], help="one workload instead of all")
+    parser.add_argument("--only", choices=["solver", "removal", "tiny-llada", "500 M"], help="one workload instead")
     options = parser.parse_args()
     logger.remove()
 
-    chosen = {options.only} if options.only else {"solver", "tiny-llada"} | ({"500 M"} if options.large else set())
+    chosen = (
+        {options.only}
+        if options.only
+        else {"solver", "removal", "tiny-llada"} | ({"500 M"} if options.large else set())
+    )
     generator = torch.Generator().manual_seed(1)
     cells = {}
     if "solver" in chosen:
-        cells[f"solver, {options.rows} × {options.columns}"] = solver_runs(options.rows, options.columns)
+        cells[f"solver, {options.rows} × {options.columns}"] = solver_runs(options.rows, options.columns, "ADMM")
+    if "removal" in chosen:
+        cells[f"removal, {options.rows} × {options.columns}"] = solver_runs(options.rows, options.columns, "OBS")
     if "tiny-llada" in chosen:
         windows = torch.randint(3, 2048, (options.windows, 256), generator=generator)
         cells["tiny-llada"] = calibration_runs(EMBEDDED_MODEL, windows)
