@@ -42,7 +42,7 @@ ROWS: dict[str, dict[str, Any]] = {
     **{f"channels 50%, no sink mask, seed {seed}": {"sink_std": 1e6, "seed": seed, **HALF} for seed in (1, 2)},
     "channels 30%, no sink mask": {"mlp_channels": 0.3, "sink_std": 1e6, **STEP},
     "channels 50%, allocation error": {"allocation": "error", **HALF},
-    "channels 50%, allocation search": {"allocation": "search", "search_budget": 65536, **HALF},
+    "channels 50%, allocation search": {"allocation": "search", "search_budget": 262144, **HALF},
     **{f"heads {number} of 6": {"attention_heads": number / 6} for number in (1, 2, 3, 4)},
     "heads 2 of 6, target current": {"attention_heads": 2 / 6, "target": "current"},
     **{f"blocks {number} of 6": {"blocks": number} for number in (1, 2, 3)},
