@@ -9,6 +9,7 @@ import torch
 import yaml
 from golden_data import RECIPES
 from llmcompressor import oneshot
+from tiny_moe import write_tiny_moe
 from torch.utils.data import DataLoader
 
 from sinkprune_plugin.formats import load_sparse_checkpoint
@@ -41,10 +42,11 @@ from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 rows = {rows}
 data = Dataset.from_dict({{"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}})
-for recipe in map(Path, {recipes}):
+for recipe, model in {recipes}:
+    recipe = Path(recipe)
     reset_session()
     try:
-        oneshot(model=r"{model}", dataset=data, recipe=str(recipe), num_calibration_samples=2, max_seq_length=64,
+        oneshot(model=model, dataset=data, recipe=str(recipe), num_calibration_samples=2, max_seq_length=64,
                 output_dir=recipe.stem)
     except Exception:
         Path(recipe.stem + ".error").write_text(traceback.format_exc())
@@ -53,23 +55,26 @@ assert not any(name in globals() for name in ("sinkprune_plugin",))
 # A search takes longer than all others together; test_allocation.py runs its recipe on a small budget.
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if "searched" not in path.stem)
 STRUCTURED = [name for name in NAMES if "structured" in name]
+EXPERTS = ["aimer", "reap_trajectory"]
 
 
 @pytest.fixture(scope="module")
 def pruned_by_recipe(tmp_path_factory, golden_windows):
     """Directory with what a script that imports nothing of ours makes of each recipe: a checkpoint or an error."""
     directory = tmp_path_factory.mktemp("recipes")
+    mixture = tmp_path_factory.mktemp("tiny-moe")
+    write_tiny_moe(mixture)
+    models = {name: str(mixture if name in EXPERTS else EMBEDDED_MODEL) for name in NAMES}
     script = SCRIPT.format(
         rows=golden_windows[:2, :64].tolist(),
-        model=EMBEDDED_MODEL,
-        recipes=[str(RECIPES / f"{name}.yaml") for name in NAMES],
+        recipes=[(str(RECIPES / f"{name}.yaml"), model) for name, model in models.items()],
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=500, cwd=directory)
     assert done.returncode == 0, done.stderr[-2000:]
     return directory
 
 
-@pytest.mark.parametrize("recipe", [name for name in NAMES if name not in STRUCTURED])
+@pytest.mark.parametrize("recipe", [name for name in NAMES if name not in [*STRUCTURED, *EXPERTS]])
 def test_every_recipe_in_a_script_that_imports_nothing_of_ours(recipe, pruned_by_recipe):
     output, error = pruned_by_recipe / recipe, pruned_by_recipe / f"{recipe}.error"
     assert not error.exists(), error.read_text()
@@ -121,6 +126,19 @@ def test_every_structured_recipe_likewise(recipe, pruned_by_recipe):
     for name, weight in tensors.items():
         if ".blocks." in name and weight.dim() == 2 and "2of4" in recipe:
             assert follows(weight.float(), 2, 4), name
+    assert_same_recipe(recipe, output)
+
+
+@pytest.mark.parametrize("recipe", EXPERTS)
+def test_every_recipe_for_experts_likewise(recipe, pruned_by_recipe):
+    output, error = pruned_by_recipe / recipe, pruned_by_recipe / f"{recipe}.error"
+    assert not error.exists(), error.read_text()
+    config = json.loads((output / "config.json").read_text())
+    # A quarter of eight is gone from every layer, so the official fields say it.
+    assert config["num_experts"] == 6
+    assert "sinkprune_block_sizes" not in config
+    model = load_model(output)
+    assert {len(layer.mlp.experts) for layer in model.model.layers} == {6}
     assert_same_recipe(recipe, output)
 
 

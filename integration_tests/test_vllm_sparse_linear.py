@@ -146,6 +146,10 @@ def test_ranks_choose_what_the_first_one_measured(sparse_linear, pretend, monkey
     monkeypatch.setattr(sparse_linear, "measure", measure)
     monkeypatch.setattr(sparse_linear, "key_of", lambda *shape: str(shape))
     monkeypatch.setattr(sparse_linear, "model_parallel_is_initialized", lambda: True)
+    from vllm import envs
+
+    # An engine that was started in this process before keeps the environment as it was then.
+    envs.disable_envs_cache()
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     sent, found = [], []
     for rank in (0, 1):
@@ -158,6 +162,7 @@ def test_ranks_choose_what_the_first_one_measured(sparse_linear, pretend, monkey
     monkeypatch.setattr(sparse_linear, "get_tp_group", lambda: OneOfTwo(0, sent))
     assert sparse_linear._choice_of_shape(64, 128, torch.bfloat16, torch.device("cpu")) == found[0]
     assert measured == [(64, 128)]
+    assert len(list(tmp_path.rglob("two_of_four.json"))) == 1
     sparse_linear._choice_of_shape.cache_clear()
 
 

@@ -12,7 +12,8 @@ def test_arguments_as_lm_eval_passes_them():
     given = {"pretrained": "somewhere", "cfg": 0.5, "mc_num": 4, "steps": 16, "batch_size": "8", "device": None}
     arguments = ModelArguments.read(given | {"max_batch_size": None, "trust_remote_code": True})
     assert (arguments.cfg, arguments.mc_num, arguments.steps, arguments.batch_size) == (0.5, 4, 16, 8)
-    assert (arguments.backend, arguments.block_length, arguments.cache) == ("transformers", 32, "none")
+    # Block length and cache are the model's own.
+    assert (arguments.backend, arguments.block_length, arguments.cache) == ("transformers", None, None)
 
 
 def test_an_automatic_batch_size_is_the_default():
