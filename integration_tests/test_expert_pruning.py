@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from command_line import run_here
+from expert_references import aimer, plain_sums, without
 from golden_data import RECIPES
 from llmcompressor import oneshot
 from official_checkpoints import write_llada2, write_llada_moe
@@ -56,30 +57,6 @@ def prune(folder, tokenizer, windows=None, **fields):
     return model
 
 
-def aimer(tensors, layer, expert):
-    names = (f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight" for name in ("gate", "up", "down"))
-    weights = torch.cat([tensors[name].double().flatten() for name in names])
-    return float(weights.abs().mean() / weights.square().mean().sqrt())
-
-
-def without(tensors, kept):
-    """The checkpoint's tensors without the other experts; layer → numbers that stay."""
-    result = {}
-    for name, tensor in tensors.items():
-        parts = name.split(".")
-        layer = int(parts[2]) if parts[1] == "layers" else None
-        if "experts" in parts:
-            number = int(parts[5])
-            if number in kept[layer]:
-                parts[5] = str(kept[layer].index(number))
-                result[".".join(parts)] = tensor
-        elif name.endswith("mlp.gate.weight"):
-            result[name] = tensor[kept[layer]]
-        else:
-            result[name] = tensor
-    return result
-
-
 def test_aimer_in_oneshot_and_in_the_files_give_the_checkpoint_that_a_plain_reference_gives(
     checkpoint, tokenizer, tmp_path
 ):
@@ -118,38 +95,11 @@ def test_aimer_in_oneshot_and_in_the_files_give_the_checkpoint_that_a_plain_refe
     assert (tmp_path / "files" / "tokenizer.json").is_file()
 
 
-def plain_sums(model, windows):
-    """Σ g ‖f(x)‖ and tokens of each expert, by hooks on layers alone, each expert run on all tokens."""
-    sums = {}
-
-    def hook(layer, module, args):
-        tokens = args[0].flatten(0, 1)
-        probabilities = (tokens @ module.gate.weight.T).softmax(-1)
-        top, chosen = probabilities.topk(CHOSEN)
-        total = sums.setdefault(layer, torch.zeros(2, EXPERTS, dtype=torch.float64))
-        for number, expert in enumerate(module.experts):
-            norms = expert(tokens).norm(dim=-1)
-            for row in range(len(tokens)):
-                for slot in range(CHOSEN):
-                    if chosen[row, slot] == number:
-                        total[:, number] += torch.stack([top[row, slot] * norms[row], torch.tensor(1.0)])
-
-    layers = [(index, block.mlp) for index, block in enumerate(model.model.layers) if hasattr(block.mlp, "experts")]
-    handles = [
-        module.register_forward_pre_hook(lambda m, args, index=index: hook(index, m, args)) for index, module in layers
-    ]
-    with torch.no_grad():
-        model(windows)
-    for handle in handles:
-        handle.remove()
-    return sums
-
-
 @pytest.mark.parametrize(("score", "row"), [("reap", None), ("frequency", 1)])
 def test_scores_on_clean_tokens_equal_a_plain_loop(score, row, checkpoint, tokenizer):
     folder, _, _ = checkpoint
     windows = ids(2, 24)
-    sums = plain_sums(load_model(folder, torch.float32), windows)
+    sums = plain_sums(load_model(folder, torch.float32), windows, CHOSEN)
     model = prune(folder, tokenizer, windows, experts=4, score=score, calibrate_on="clean", **QUICK)
     for layer, total in sums.items():
         values = total[0] / total[1].clamp_min(1) if row is None else total[row]
