@@ -7,14 +7,15 @@ What observers may rely on: in each forward pass a layer calls its router once, 
 then it calls each expert that a token chose once, in ascending order, with the rows :meth:`Routing.rows_of` names.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
-__all__ = ["GatedMLP", "GroupedSigmoidRouter", "MoELayer", "Router", "Routing", "SoftmaxRouter"]
+from sinkprune_plugin.models.diffusion_lm import DiffusionLM
+from sinkprune_plugin.models.gated_mlp import GatedMLP
+
+__all__ = ["GroupedSigmoidRouter", "MixtureModel", "MoELayer", "Router", "Routing", "SoftmaxRouter"]
 
 
 class Routing(NamedTuple):
@@ -116,24 +117,13 @@ class GroupedSigmoidRouter(Router):
         return Routing(weights * self.scaling, experts)
 
 
-class GatedMLP(nn.Module):
-    """down_proj(act(gate_proj x) ⊙ up_proj x).
+class MixtureModel(DiffusionLM):
+    """Base class of models with routers, which transformers doesn't know how to initialise."""
 
-    :param width: of the hidden states
-    :param channels: between the projections
-    :param activation: transformers' name of the activation
-    """
-
-    def __init__(self, width: int, channels: int, activation: str) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(width, channels, bias=False)
-        self.up_proj = nn.Linear(width, channels, bias=False)
-        self.down_proj = nn.Linear(channels, width, bias=False)
-        self.act_fn: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[activation]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Map (…, width) to (…, width)."""
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Router):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
 
 
 class MoELayer(nn.Module):
