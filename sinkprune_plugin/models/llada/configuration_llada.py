@@ -6,7 +6,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.auto_classes import register_imported
-from sinkprune_plugin.models.number_checks import check_numbers
+from sinkprune_plugin.models.config_checks import check_numbers, check_values
 from sinkprune_plugin.models.sizes_in_config import (
     SIZES_KEY,
     check_head_width,
@@ -189,13 +189,7 @@ class LLaDAConfig(PreTrainedConfig):
             optional=("embedding_size", "n_kv_heads", "mlp_hidden_size"),
             positive=("rope_theta", "rms_norm_eps"),
         )
-        for option, values in _SUPPORTED.items():
-            value = getattr(self, option, values[0])
-            if value not in values:
-                raise UsageError(
-                    f"{option}={value!r} in this {self.model_type} configuration is not supported, only "
-                    f"{' or '.join(repr(v) for v in values)}; use a checkpoint without it"
-                )
+        check_values(self, _SUPPORTED, self.model_type)
         if self.embedding_rows < self.vocab_size:
             raise UsageError(
                 f"embedding_size={self.embedding_size} is less than vocab_size={self.vocab_size}; raise embedding_size"

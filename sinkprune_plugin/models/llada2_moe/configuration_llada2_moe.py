@@ -6,7 +6,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from sinkprune_plugin.errors import UsageError, short
 from sinkprune_plugin.models.auto_classes import register_imported
-from sinkprune_plugin.models.number_checks import check_numbers
+from sinkprune_plugin.models.config_checks import check_numbers, check_values
 from sinkprune_plugin.models.sizes_in_config import (
     SIZES_KEY,
     BlockSizes,
@@ -169,13 +169,7 @@ class LLaDA2MoeConfig(PreTrainedConfig):
             value = getattr(self, option)
             if value is not None and (type(value) is not int or value < 0):
                 raise self._wrong(f"{option}={short(repr(value))} must be a whole number of at least 0")
-        for option, values in _SUPPORTED.items():
-            value = getattr(self, option)
-            if value not in values:
-                raise UsageError(
-                    f"{option}={short(repr(value))} in this LLaDA2 configuration is not supported, only "
-                    f"{' or '.join(repr(v) for v in values)}; use a checkpoint without it"
-                )
+        check_values(self, _SUPPORTED, "LLaDA2")
         if self.rotary_width % 2 or self.partial_rotary_factor > 1:
             raise self._wrong(
                 f"partial_rotary_factor={self.partial_rotary_factor} of head_dim={self.head_dim} must be an even "

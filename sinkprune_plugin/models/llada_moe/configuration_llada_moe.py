@@ -6,7 +6,13 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.auto_classes import register_imported
-from sinkprune_plugin.models.number_checks import check_numbers
+from sinkprune_plugin.models.config_checks import (
+    check_head_groups,
+    check_numbers,
+    check_unscaled_rotary,
+    check_values,
+    take_rotary_keys,
+)
 from sinkprune_plugin.models.sizes_in_config import (
     SIZES_KEY,
     BlockSizes,
@@ -111,11 +117,7 @@ class LLaDAMoEConfig(PreTrainedConfig):
         sized = kwargs.get(SIZES_KEY) is not None
         self.hidden_act = unmark_formula(self.hidden_act, sized=sized)
         self.head_dim = self.head_dim or derived_head_width(self.hidden_size, self.num_attention_heads, sized=sized)
-        # transformers 5 writes both rotary keys like this in files that it converted.
-        parameters = kwargs.pop("rope_parameters", None)
-        if parameters is not None:
-            self.rope_theta = parameters.get("rope_theta", self.rope_theta)
-            self.rope_scaling = None if parameters.get("rope_type", "default") == "default" else parameters
+        take_rotary_keys(self, kwargs)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -164,25 +166,10 @@ class LLaDAMoEConfig(PreTrainedConfig):
             optional=("num_key_value_heads",),
             positive=("rope_theta", "rms_norm_eps"),
         )
-        for option, values in _SUPPORTED.items():
-            value = getattr(self, option)
-            if value not in values:
-                raise UsageError(
-                    f"{option}={value!r} in this LLaDA-MoE configuration is not supported, only "
-                    f"{' or '.join(repr(v) for v in values)}; use a checkpoint without it"
-                )
-        scaling = self.rope_scaling or {}
-        if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-            raise UsageError(
-                f"rope_scaling={self.rope_scaling} in this LLaDA-MoE configuration is not supported; use a checkpoint "
-                "without it"
-            )
+        check_values(self, _SUPPORTED, "LLaDA-MoE")
+        check_unscaled_rotary(self, "LLaDA-MoE")
         check_head_width(self, "hidden_size", "num_attention_heads")
-        if self.num_attention_heads % self.key_value_heads:
-            raise UsageError(
-                f"num_attention_heads={self.num_attention_heads} is no multiple of "
-                f"num_key_value_heads={self.key_value_heads}; change one of them"
-            )
+        check_head_groups(self)
         frequencies = self._layer_frequencies()
         if len(frequencies) != self.num_hidden_layers or any(frequency not in (0, 1) for frequency in frequencies):
             raise UsageError(
