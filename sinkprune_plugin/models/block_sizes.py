@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.models.catalogue import NATIVE_MODELS, Units
+from sinkprune_plugin.models.catalogue import NATIVE_MODELS, Units, native_model
 from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
 from sinkprune_plugin.models.sizes_in_config import DENSE_KEY, SIZES_KEY, BlockSizes, ordinary_sizes, sizes_in_config
 
@@ -36,8 +36,8 @@ def units_of(model: nn.Module) -> Units:
     :return: the names of the Linears that share units
     :raises UsageError: if the model's family has none in the catalogue, or the model is of another class than ours
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    native = next((native for native in NATIVE_MODELS if native.model_type == model_type), None)
+    config = getattr(model, "config", None)
+    model_type, native = getattr(config, "model_type", None), native_model(config)
     if native is None or native.units is None:
         known = ", ".join(native.model_type for native in NATIVE_MODELS if native.units is not None)
         raise UsageError(

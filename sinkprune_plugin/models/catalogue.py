@@ -11,7 +11,16 @@ from typing import Any
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.diffusion_family import DiffusionFamily
 
-__all__ = ["ARCHITECTURES", "MISSING", "NATIVE_MODELS", "Experts", "NativeModel", "Units", "list_native_model"]
+__all__ = [
+    "ARCHITECTURES",
+    "MISSING",
+    "NATIVE_MODELS",
+    "Experts",
+    "NativeModel",
+    "Units",
+    "list_native_model",
+    "native_model",
+]
 
 
 @dataclass(frozen=True)
@@ -218,6 +227,17 @@ NATIVE_MODELS = [
         units=_QWEN_UNITS,
     ),
 ]
+
+
+def native_model(config: Any) -> NativeModel | None:
+    """The row of a model.
+
+    :param config: a model's configuration, or anything
+    :return: the row of its ``model_type``; None if there is none
+    """
+    model_type = getattr(config, "model_type", None)
+    return next((native for native in NATIVE_MODELS if native.model_type == model_type), None)
+
 
 ARCHITECTURES: dict[str, str] = {}
 """Class name in config.json → the vLLM class, as in :meth:`NativeModel.vllm_place`."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.block_sizes import record_dense
-from sinkprune_plugin.models.catalogue import NATIVE_MODELS, Experts
+from sinkprune_plugin.models.catalogue import NATIVE_MODELS, Experts, native_model
 from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
 from sinkprune_plugin.models.sizes_in_config import KEPT_KEY, SIZES_KEY, sizes_in_config
 
@@ -30,9 +30,9 @@ def experts_of(config: Any) -> Experts:
     :return: their names
     :raises UsageError: if the family has no experts, or isn't native
     """
-    model_type = getattr(config, "model_type", None)
-    native = next((native for native in NATIVE_MODELS if native.model_type == model_type), None)
+    native = native_model(config)
     if native is None or native.experts is None:
+        model_type = getattr(config, "model_type", None)
         known = ", ".join(native.model_type for native in NATIVE_MODELS if native.experts is not None)
         raise UsageError(
             f"models of model_type {model_type!r} have no experts in sinkprune_plugin/models/catalogue.py, only those "

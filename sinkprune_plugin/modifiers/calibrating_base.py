@@ -3,7 +3,7 @@
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from compressed_tensors.offload import disable_onloading
@@ -20,7 +20,7 @@ from sinkprune_plugin.modifiers.finite_check import FiniteCheck
 from sinkprune_plugin.modifiers.hidden_states import check_room
 from sinkprune_plugin.modifiers.passes import CalibrationPass, PassEngine, Watch
 from sinkprune_plugin.modifiers.run_estimate import RunEstimate, SweepPlan, brought_in_bytes, hidden_state_bytes
-from sinkprune_plugin.modifiers.saving import choose_save_format
+from sinkprune_plugin.modifiers.saving import choose_save_format, chosen_save_format
 from sinkprune_plugin.modifiers.sink_sweep import SinkTally, sweep_attention
 from sinkprune_plugin.modifiers.targets import PruningTarget
 from sinkprune_plugin.modifiers.trajectory import (
@@ -44,6 +44,9 @@ class CalibratingModifierBase(SinkAwareFields):
 
     Fields: see :class:`SinkAwareFields`.
     """
+
+    makes_smaller: ClassVar[bool] = False
+    """Whether modules are removed, so that the result has no zeros of its own."""
 
     # Linears whose weights change, if these are what is pruned.
     _targets: list[PruningTarget] = PrivateAttr(default_factory=list)
@@ -146,6 +149,9 @@ class CalibratingModifierBase(SinkAwareFields):
                 "oneshot() with the default pipeline"
             )
         self._targets = []
+        if self.makes_smaller and "save_format" not in self.model_fields_set:
+            # A smaller model is dense; what another modifier of the recipe made sparse is saved as that one said.
+            self.__dict__["save_format"] = chosen_save_format(state.model) or "dense"
         choose_save_format(state.model, self.save_format)
         return True
 

@@ -1,6 +1,6 @@
 """The recipe fields of expert pruning, and what is wrong with them."""
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,23 +12,22 @@ from sinkprune_plugin.pruning.patterns import parse_mask_structure
 
 __all__ = ["ExpertFields"]
 
-# Fields of the modifiers that remove single weights.
-_REFUSED = {
-    "sparsity": "whole experts are removed, not single weights; give `experts` a share or a number",
-    "mask_structure": "whole experts are removed, not single weights; let a modifier for N:M follow in the recipe",
-    "targets": "the experts are the family's; give `experts` a list with one value for each decoder block",
-    "ignore": "give `experts` a list with one value for each decoder block, 0 to leave its experts alone",
-    "allocation_spread": "give `experts` a list with one value for each decoder block",
-    "allocation_note": "it belongs to a list of sparsities",
-    "search_budget": "the allocations are uniform and error",
-    "search_directory": "the allocations are uniform and error",
-    "preserve_sparsity_mask": "weights of experts that stay aren't changed",
-}
-
 
 class ExpertFields(CalibratingModifierBase):
     """Fields of :class:`ExpertPruningModifier`, which documents them."""
 
+    makes_smaller = True
+    hidden_fields = {  # noqa: RUF012 - the base declares it as a class's
+        "sparsity": "whole experts are removed, not single weights; give `experts` a share or a number",
+        "mask_structure": "whole experts are removed, not single weights; let a modifier for N:M follow in the recipe",
+        "targets": "the experts are the family's; give `experts` a list with one value for each decoder block",
+        "ignore": "give `experts` a list with one value for each decoder block, 0 to leave its experts alone",
+        "allocation_spread": "give `experts` a list with one value for each decoder block",
+        "allocation_note": "it belongs to a list of sparsities",
+        "search_budget": "the allocations are uniform and error",
+        "search_directory": "the allocations are uniform and error",
+        "preserve_sparsity_mask": "weights of experts that stay aren't changed",
+    }
     # Fields that expert pruning hasn't, at the values that the base expects.
     sparsity: float | list[float] | None = Field(default=None, exclude=True)
     mask_structure: str = Field(default="0:0", exclude=True)
@@ -49,15 +48,6 @@ class ExpertFields(CalibratingModifierBase):
     def needs_data(self) -> bool:
         """Whether the score is taken from tokens, not from the weights alone."""
         return self.score in CALIBRATED_SCORES
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_fields_of_single_weights(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            for name, reason in _REFUSED.items():
-                if name in values:
-                    raise UsageError(f"{cls.__name__} has no field `{name}`: {reason}")
-        return values
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:

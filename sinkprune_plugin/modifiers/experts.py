@@ -30,7 +30,6 @@ from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, Pa
 from sinkprune_plugin.modifiers.recipe_order import earlier_modifiers
 from sinkprune_plugin.modifiers.routing import RoutedLayer, find_routed_layers
 from sinkprune_plugin.modifiers.run_estimate import SweepPlan
-from sinkprune_plugin.modifiers.saving import chosen_save_format
 from sinkprune_plugin.modifiers.targets import PRUNABLE_DTYPES
 from sinkprune_plugin.modifiers.trajectory import clean_pass, spec_of, without_sinks
 from sinkprune_plugin.pruning.experts import RoutedSums, WeightSums, weight_importance
@@ -111,17 +110,6 @@ class ExpertPruningModifier(ExpertFields):
             self._remove(state.model, self._weight_importances(state.model))
             self._done = True
             self._log_summary(time.monotonic() - started)
-
-    def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        """Drop hooks and references; see :class:`CalibratingModifierBase`.
-
-        :param state: session state
-        :return: True
-        """
-        if "save_format" not in self.model_fields_set:
-            # What another modifier of the recipe made sparse is saved as that one said.
-            self.__dict__["save_format"] = chosen_save_format(state.model) or "dense"
-        return super().on_finalize(state, **kwargs)
 
     def _find_targets(self, model: torch.nn.Module) -> None:
         config: Any = model.config

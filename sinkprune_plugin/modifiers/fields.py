@@ -1,6 +1,7 @@
 """The fields that a recipe may give to a sink-aware modifier, and what is wrong with them."""
 
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 
 from llmcompressor.modifiers import Modifier
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -56,6 +57,9 @@ class SinkAwareFields(Modifier):
         is 2:4, else sparse-bitmask where that is smaller, else dense
     """
 
+    hidden_fields: ClassVar[Mapping[str, str]] = {}
+    """Fields of this base that a subclass hasn't → what to give instead."""
+
     # Left out of saved recipes: it tells the pipeline something, not the user.
     requires_calibration_data: bool = Field(default=False, exclude=True)
 
@@ -93,6 +97,9 @@ class SinkAwareFields(Modifier):
             for name, reason in REFUSED_FIELDS.items():
                 if values.get(name) is not None:
                     raise UsageError(f"{cls.__name__} doesn't support `{name}`: {reason}")
+            for name, reason in cls.hidden_fields.items():
+                if name in values:
+                    raise UsageError(f"{cls.__name__} has no field `{name}`: {reason}")
         return values
 
     @field_validator("targets", mode="after")

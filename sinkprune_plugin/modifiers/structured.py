@@ -20,7 +20,6 @@ from sinkprune_plugin.modifiers.passes import OnloadedBlock, PassEngine
 from sinkprune_plugin.modifiers.recipe_neighbours import check_later_modifiers, remove_units
 from sinkprune_plugin.modifiers.recipe_order import earlier_modifiers, later_modifiers
 from sinkprune_plugin.modifiers.run_estimate import SweepPlan
-from sinkprune_plugin.modifiers.saving import chosen_save_format
 from sinkprune_plugin.modifiers.structured_allocation import StructuredAllocation
 from sinkprune_plugin.modifiers.structured_fields import Amounts
 from sinkprune_plugin.modifiers.targets import PruningTarget
@@ -111,17 +110,6 @@ class SinkAwareStructuredModifier(StructuredAllocation):
         widths = {unit.name: self._widths[unit.name] if known else unit.group.step for unit in self._units}
         check_later_modifiers(self._later, self._units, widths, self._blocks_left)
         return True
-
-    def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        """Drop hooks and references; see :class:`SinkAwareModifierBase`.
-
-        :param state: session state
-        :return: True
-        """
-        if "save_format" not in self.model_fields_set:
-            # A smaller model is dense; what another modifier of the recipe made sparse is saved as that one said.
-            self.__dict__["save_format"] = chosen_save_format(state.model) or "dense"
-        return super().on_finalize(state, **kwargs)
 
     def _find_targets(self, model: torch.nn.Module) -> None:
         units, self._blocks = resolve_units(model, self.ignore, self.granularity)

@@ -1,7 +1,7 @@
 """The recipe fields of structured pruning, and what is wrong with them."""
 
 import re
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -16,24 +16,23 @@ __all__ = ["Amounts", "StructuredFields"]
 # One amount for all blocks, or one for each.
 Amounts = Amount | list[Amount]
 
-# Fields of the modifiers that remove single weights.
-_REFUSED = {
-    "sparsity": "units are removed, not single weights; give `mlp_channels`, `attention_heads` or `blocks`",
-    "mask_structure": "units are removed, not single weights; let a modifier for N:M follow in the recipe",
-    "targets": "the Linears that share units are the family's; `ignore` leaves blocks or kinds of units alone",
-    "search_directory": "a search over widths keeps its levels in main memory",
-    "allocation_note": "it belongs to a list of sparsities",
-    "allocation_spread": "give `mlp_channels` a list with one value for each decoder block",
-    "min_expert_tokens": "units of experts aren't removed",
-    "expert_hessian_gb": "units of experts aren't removed",
-}
-
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*x")
 
 
 class StructuredFields(HessianModifierBase):
     """Fields of :class:`SinkAwareStructuredModifier`, which documents them."""
 
+    makes_smaller = True
+    hidden_fields = {  # noqa: RUF012 - the base declares it as a class's
+        "sparsity": "units are removed, not single weights; give `mlp_channels`, `attention_heads` or `blocks`",
+        "mask_structure": "units are removed, not single weights; let a modifier for N:M follow in the recipe",
+        "targets": "the Linears that share units are the family's; `ignore` leaves blocks or kinds of units alone",
+        "search_directory": "a search over widths keeps its levels in main memory",
+        "allocation_note": "it belongs to a list of sparsities",
+        "allocation_spread": "give `mlp_channels` a list with one value for each decoder block",
+        "min_expert_tokens": "units of experts aren't removed",
+        "expert_hessian_gb": "units of experts aren't removed",
+    }
     # Fields that structured pruning hasn't, at the values that the base expects.
     sparsity: float | list[float] | None = Field(default=None, exclude=True)
     mask_structure: str = Field(default="0:0", exclude=True)
@@ -66,15 +65,6 @@ class StructuredFields(HessianModifierBase):
     def measures_allocation(self) -> bool:
         """False: widths are chosen by :class:`StructuredAllocation`, not sparsities of blocks."""
         return False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_fields_of_single_weights(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            for name, reason in _REFUSED.items():
-                if name in values:
-                    raise UsageError(f"{cls.__name__} has no field `{name}`: {reason}")
-        return values
 
     @field_validator("granularity", mode="after")
     @classmethod
