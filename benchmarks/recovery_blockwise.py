@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 from recovery import CASES, SEQ_LEN, calibration_windows, evaluate, prune
-from rich.console import Console
-from rich.table import Table
+from row_table import print_rows
 
 from sinkprune_plugin.inputs import training_windows
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
@@ -64,12 +63,7 @@ def main() -> None:
                     row = {"case": case, "windows": len(windows), "held_out": held_out, "pruned": before}
                     rows.append(row | measure(pruned, windows, held_out))
                     print(rows[-1], flush=True)
-    table = Table(title="ELBO perplexity", title_justify="left")
-    for heading in HEADINGS:
-        table.add_column(heading)
-    for row in rows:
-        table.add_row(*(str(row[heading]) for heading in HEADINGS))
-    Console().print(table)
+    print_rows("ELBO perplexity", rows, HEADINGS, left=("case",))
     print(json.dumps(rows))
 
 

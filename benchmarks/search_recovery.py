@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from loguru import logger
 from recovery import SEQ_LEN, calibration_windows, evaluate
-from rich.console import Console
-from rich.table import Table
+from row_table import print_rows
 
 from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.inputs import training_windows
@@ -93,12 +92,7 @@ def main() -> None:
             options = RecoveryOptions(**arguments.recovery)
             rows.append(measure(case, steps, arguments.budget, arguments.text, options))
             print(rows[-1], flush=True)
-    table = Table(title=f"ELBO perplexity, search_budget {arguments.budget}", title_justify="left")
-    for heading in HEADINGS:
-        table.add_column(heading)
-    for row in rows:
-        table.add_row(*(str(row[heading]) for heading in HEADINGS))
-    Console().print(table)
+    print_rows(f"ELBO perplexity, search_budget {arguments.budget}", rows, HEADINGS, left=("case", "chosen"))
     print(json.dumps(rows))
 
 

@@ -24,8 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from row_table import print_rows
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
@@ -210,12 +209,7 @@ def main() -> None:
         with tqdm(total=total, desc="pairs", disable=None) as bar:
             for name in chosen:
                 rows += measure(older, name, models[name], arguments, bar)
-    table = Table(title="this version in times of the older one, and its own time per step", title_justify="left")
-    for heading in rows[0]:
-        table.add_column(heading.replace("_", " "), justify="right")
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=140).print(table)
+    print_rows("this version in times of the older one, and its own time per step", rows)
     sys.stdout.write(json.dumps({"rows": rows}) + "\n")
 
 

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from loguru import logger
 from recovery import GOLDEN
-from rich.console import Console
-from rich.table import Table
+from row_table import print_rows
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -82,12 +81,7 @@ def main() -> None:
     for label, fields in tqdm(chosen.items(), unit="row", disable=None):
         rows.append({"removed": label, **measure(fields)})
         tqdm.write(json.dumps(rows[-1]), file=sys.stderr)
-    table = Table(title="structured pruning of tiny-llada, no training", title_justify="left")
-    for heading in rows[0]:
-        table.add_column(heading, justify="left" if heading == "removed" else "right")
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=120).print(table)
+    print_rows("structured pruning of tiny-llada, no training", rows, left=("removed",))
     sys.stdout.write(json.dumps({"rows": rows}) + "\n")
 
 

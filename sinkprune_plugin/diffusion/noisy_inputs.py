@@ -48,7 +48,7 @@ class NoisyInputs:
 def noisy_inputs(
     noisy_ids: torch.Tensor,
     clean_ids: torch.Tensor,
-    spec: DiffusionSpec,
+    spec: DiffusionSpec | None,
     valid: torch.Tensor | None = None,
     *,
     begin: int = 0,
@@ -57,13 +57,14 @@ def noisy_inputs(
 
     :param noisy_ids: (B, T) int64, corrupted windows
     :param clean_ids: (B, T) int64, the same windows without noise
-    :param spec: the model's diffusion spec
+    :param spec: the model's diffusion spec; None: all tokens see all
     :param valid: (B, T) bool, False on padding; None: there is none
     :param begin: first position that may be noisy, of a model that denoises block by block. The noisy tokens with which
         the input ends begin at :func:`first_noisy` of it
     :return: the arguments
     """
-    if spec.block_length is None:
+    if spec is None or spec.block_length is None:
+        # No mask where there is no padding: attention without a mask is the faster kernel.
         arguments = {"input_ids": noisy_ids}
         return NoisyInputs(arguments if valid is None else arguments | {"attention_mask": valid.long()}, valid, 0)
     length, begin = noisy_ids.shape[1], first_noisy(begin, spec)
@@ -107,15 +108,15 @@ def first_noisy(begin: int, spec: DiffusionSpec) -> int:
     return begin // spec.block_length * spec.block_length
 
 
-def clean_inputs(clean_ids: torch.Tensor, spec: DiffusionSpec, valid: torch.Tensor | None = None) -> NoisyInputs:
+def clean_inputs(clean_ids: torch.Tensor, spec: DiffusionSpec | None, valid: torch.Tensor | None = None) -> NoisyInputs:
     """Arrange windows for a forward pass without noise, as a prompt is read.
 
     :param clean_ids: (B, T) int64
-    :param spec: the model's diffusion spec
+    :param spec: the model's diffusion spec; None: all tokens see all
     :param valid: (B, T) bool, False on padding; None: there is none
     :return: the arguments
     """
-    if spec.block_length is None:
+    if spec is None or spec.block_length is None:
         return noisy_inputs(clean_ids, clean_ids, spec, valid)
     mask = context_mask(clean_ids.shape[1], spec.block_length, spec.context)[None]
     if valid is not None:

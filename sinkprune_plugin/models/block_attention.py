@@ -105,7 +105,7 @@ class BlockAttentionMask(AttentionMask):
     """Turns the caller's ``attention_mask`` into what ``scaled_dot_product_attention`` takes.
 
     Unless the caller gives a four-dimensional mask, the last block of the input is the open one, and what comes before
-    it is context: see :mod:`sinkprune_plugin.diffusion.block_attention`.
+    it is context, as the beginning of this file says.
 
     :param block_length: L
     :param context: how context tokens see each other

@@ -12,7 +12,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.allocating_base import AllocatingModifierBase
-from sinkprune_plugin.modifiers.input_observer import InputObserver, RoutedPass
+from sinkprune_plugin.modifiers.input_observer import InputObserver, RoutedPass, require_reached
 from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, PassEngine
 from sinkprune_plugin.modifiers.replaced_forward import forward_replaced, linear_with
 from sinkprune_plugin.modifiers.routing import ExpertKey
@@ -171,7 +171,7 @@ class HessianModifierBase(AllocatingModifierBase):
             if target.name not in observer.leaders and target.expert and stage_of(target) in stages:
                 groups[stages[stage_of(target)]].append(target)
         with distributed.failing_together():
-            require_all(targets, groups.values())
+            require_reached(targets, {target.name for group in groups.values() for target in group})
         return [
             part for group in groups.values() for part in (self._expert_groups([group]) if group[0].expert else [group])
         ]
@@ -274,22 +274,6 @@ def stage_of(target: PruningTarget) -> str:
     :param target: the Linear
     """
     return target.name if target.expert is None else f"{target.expert.layer.name}.*.{target.expert.path}"
-
-
-def require_all(targets: Sequence[PruningTarget], groups: Iterable[Sequence[PruningTarget]]) -> None:
-    """Check that every target is in a group.
-
-    :param targets: the targets
-    :param groups: the groups
-    :raises UsageError: if one was never called in any pass
-    """
-    grouped = {target.name for group in groups for target in group}
-    missing = [target.name for target in targets if target.name not in grouped]
-    if missing:
-        raise UsageError(
-            f"calibration never reached {len(missing)} target(s): {', '.join(missing[:3])}; add them to `ignore` or "
-            "calibrate on data that uses them"
-        )
 
 
 def _weighted(each: CalibrationPass, weights: torch.Tensor) -> CalibrationPass:

@@ -12,7 +12,7 @@ from sinkprune_plugin.modifiers.passes import AllSeenError, CalibrationPass
 from sinkprune_plugin.modifiers.routing import ExpertKey, ExpertPlace, RoutedLayer
 from sinkprune_plugin.modifiers.targets import PruningTarget
 
-__all__ = ["InputObserver", "RoutedPass"]
+__all__ = ["InputObserver", "RoutedPass", "require_reached"]
 
 Observe = Callable[[str, torch.Tensor, CalibrationPass], None]
 
@@ -123,13 +123,7 @@ class InputObserver:
 
         :raises UsageError: if one was never called in any pass
         """
-        missing = [target.name for target in self._targets if target.name not in self.leaders]
-        if missing:
-            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            raise UsageError(
-                f"calibration never reached {len(missing)} target(s): {shown}; add them to `ignore` or calibrate on "
-                "data that uses them"
-            )
+        require_reached(self._targets, self.leaders)
 
     def _hook(self, target: PruningTarget) -> Callable[..., None]:
         def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -193,3 +187,19 @@ class InputObserver:
                 "token positions (a routed expert?); add the module to `ignore`"
             )
         return x.detach().reshape(batch_size, tokens, x.shape[-1])
+
+
+def require_reached(targets: Sequence[PruningTarget], reached: Collection[str]) -> None:
+    """Check that every target has had an input.
+
+    :param targets: the targets
+    :param reached: names of those that have
+    :raises UsageError: if one was never called in any pass
+    """
+    missing = [target.name for target in targets if target.name not in reached]
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise UsageError(
+            f"calibration never reached {len(missing)} target(s): {shown}; add them to `ignore` or calibrate on data "
+            "that uses them"
+        )

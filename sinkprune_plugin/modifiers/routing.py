@@ -1,6 +1,6 @@
 """Layers with routed experts whose routing can be observed: which tokens each expert gets, and with what weight."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ RegisterHook = Callable[..., Any]
 OnCall = Callable[["RoutedLayer", torch.Tensor], None]
 
 
-class RoutedLayer:
+class RoutedLayer(ABC):
     """The experts of one decoder block while they are observed.
 
     :param name: full module name of the list of experts

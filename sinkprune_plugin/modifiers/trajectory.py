@@ -32,9 +32,6 @@ __all__ = [
     "without_sinks",
 ]
 
-# How much a row of clean context counts in sums of squares, beside a noisy row's 1.
-CONTEXT_WEIGHT = 1.0
-
 
 class CorruptionSource(Protocol):
     """Where the noise of a calibration pass comes from."""
@@ -94,12 +91,11 @@ def corrupted_passes(
     :param batches: clean samples
     :param grid: timesteps t in (0, 1]
     :param corruption: source of the noise
-    :return: one pass for each batch and timestep, a batch's passes in the order of the grid; all real tokens count 1,
-        except clean ones that only serve as context
+    :return: one pass for each batch and timestep, a batch's passes in the order of the grid; all real tokens count 1
     """
     spec = spec_of(corruption)
     return [
-        _pass_of(batch, _noisy(batch, corruption(batch, step_index, timestep), spec))
+        _pass_of(batch, noisy_inputs(corruption(batch, step_index, timestep), batch.input_ids, spec, batch.valid))
         for batch in batches
         for step_index, timestep in enumerate(grid)
     ]
@@ -149,28 +145,12 @@ def clean_pass(batch: CalibrationBatch, spec: DiffusionSpec | None = None) -> Ca
     :param spec: the model's diffusion spec, if it denoises block by block
     :return: the pass; all real tokens count 1
     """
-    if spec is None or spec.block_length is None:
-        return _pass_of(batch, _noisy(batch, batch.input_ids, None))
     # No token of it is there for the others only.
     return _pass_of(batch, replace(clean_inputs(batch.input_ids, spec, batch.valid), context=0))
 
 
-def _noisy(batch: CalibrationBatch, noisy_ids: torch.Tensor, spec: DiffusionSpec | None) -> NoisyInputs:
-    if spec is not None and spec.block_length is not None:
-        return noisy_inputs(noisy_ids, batch.input_ids, spec, batch.valid)
-    # No mask where there is no padding: attention without a mask is the faster kernel.
-    arguments = {"input_ids": noisy_ids}
-    return NoisyInputs(
-        arguments if batch.valid is None else arguments | {"attention_mask": batch.valid.long()}, batch.valid, 0
-    )
-
-
 def _pass_of(batch: CalibrationBatch, inputs: NoisyInputs) -> CalibrationPass:
-    weights = torch.ones(inputs.arguments["input_ids"].shape)
-    # A row's own factor, of which the square counts.
-    weights[:, : inputs.context] = CONTEXT_WEIGHT**0.5
-    if inputs.valid is not None:
-        weights = weights * inputs.valid
+    weights = torch.ones(inputs.arguments["input_ids"].shape) if inputs.valid is None else inputs.valid.float()
     return CalibrationPass(
         inputs.arguments,
         weights,

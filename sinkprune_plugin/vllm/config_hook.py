@@ -242,8 +242,9 @@ def _set_attention(vllm_config: Any) -> None:
     if attention.backend is None and current_platform.is_cuda() and not current_platform.has_device_capability(90):
         # vLLM picks FlashAttention 4 from there on; earlier versions have one causality for the whole batch.
         attention.backend = AttentionBackendEnum.TRITON_ATTN
-        _logger().info("attention backend TRITON_ATTN: requests of a batch differ in causality; --attention-backend "
-                       "sets another")  # fmt: skip
+        _logger().info(
+            "attention backend TRITON_ATTN: requests of a batch differ in causality; --attention-backend sets another"
+        )
 
 
 def _set_graphs(vllm_config: Any) -> None:

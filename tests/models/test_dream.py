@@ -1,5 +1,6 @@
 """The native Dream classes against a plain forward pass, on random checkpoints in the official layout."""
 
+import functools
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from official_checkpoints import write_dream
 from plain_forward import plain_dream
 from safetensors.torch import load_file
+from whole_models import load_whole, random_ids
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.dream import DreamConfig, DreamModel
@@ -17,15 +19,7 @@ from sinkprune_plugin.models.dream import DreamConfig, DreamModel
 CLOSE = {"atol": 1e-4, "rtol": 1e-5}
 
 
-def load(folder):
-    """Load in float32, insisting on every tensor being found and used."""
-    model, info = DreamModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not any(info.values()), info
-    return model
-
-
-def random_ids(vocabulary, *shape, seed=0):
-    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+load = functools.partial(load_whole, DreamModel)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The native LLaDA classes against a plain forward pass, over every option that they accept."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from official_checkpoints import write_llada
 from plain_forward import plain_llada
 from safetensors import safe_open
 from safetensors.torch import load_file
+from whole_models import load_whole, random_ids
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.llada import LLaDAConfig, LLaDAModelLM, MMaDAModelLM
@@ -22,20 +24,12 @@ GOLDEN = Path(__file__).parent.parent / "fixtures" / "golden"
 CLOSE = {"atol": 1e-4, "rtol": 1e-5}
 
 
-def load(folder, **kwargs):
-    """Load in float32, insisting on every tensor being found and used."""
-    model, info = LLaDAModelLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **kwargs)
-    assert not any(info.values()), info
-    return model
+load = functools.partial(load_whole, LLaDAModelLM)
 
 
 @pytest.fixture(scope="module")
 def tiny():
     return load(TINY)
-
-
-def random_ids(vocabulary, *shape, seed=0):
-    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The native LLaDA2 classes against a plain forward pass, on random checkpoints in the official layout."""
 
+import functools
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from official_checkpoints import TRACE, write_llada2
 from plain_llada2 import block_visible, plain_llada2
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from whole_models import load_whole, random_ids
 
 from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.errors import UsageError
@@ -18,15 +20,7 @@ from sinkprune_plugin.models.sizes_in_config import BlockSizes, sizes_in_config
 CLOSE = {"atol": 1e-4, "rtol": 1e-5}
 
 
-def load(folder, dtype=torch.float32):
-    """Load, insisting on every tensor being found and used."""
-    model, info = LLaDA2MoeModelLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    assert not any(info.values()), info
-    return model
-
-
-def random_ids(vocabulary, *shape, seed=0):
-    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+load = functools.partial(load_whole, LLaDA2MoeModelLM)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The native LLaDA-MoE classes against a plain forward pass, on random checkpoints in the official layout."""
 
+import functools
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from official_checkpoints import TRACE, write_llada, write_llada_moe
 from plain_forward import plain_llada_moe
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
+from whole_models import load_whole, random_ids
 
 from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.errors import UsageError
@@ -24,15 +26,7 @@ from sinkprune_plugin.models.sizes_in_config import BlockSizes, sizes_in_config
 CLOSE = {"atol": 1e-4, "rtol": 1e-5}
 
 
-def load(folder):
-    """Load in float32, insisting on every tensor being found and used."""
-    model, info = LLaDAMoEModelLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not any(info.values()), info
-    return model
-
-
-def random_ids(vocabulary, *shape, seed=0):
-    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+load = functools.partial(load_whole, LLaDAMoEModelLM)
 
 
 def sized(config, experts):

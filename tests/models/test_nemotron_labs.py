@@ -1,5 +1,6 @@
 """The native Nemotron-Labs-Diffusion classes against a plain forward pass, on random official checkpoints."""
 
+import functools
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from official_checkpoints import TRACE
 from plain_nemotron_labs import frequencies, generation_visible, plain_nemotron_labs
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, Ministral3Config, Ministral3ForCausalLM
+from whole_models import load_whole, random_ids
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.block_attention import joint_mask
@@ -29,15 +31,7 @@ YARN = {
 }
 
 
-def load(folder):
-    """Load in float32, insisting on every tensor being found and used."""
-    model, info = NemotronLabsDiffusionModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not any(info.values()), info
-    return model.eval()
-
-
-def random_ids(vocabulary, *shape, seed=0):
-    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+load = functools.partial(load_whole, NemotronLabsDiffusionModel)
 
 
 @pytest.fixture(scope="module")
