@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinkprune_plugin.errors import UsageError, reason_of, short
+from sinkprune_plugin.models.catalogue import missing_reason
 
 if TYPE_CHECKING:
     import torch
@@ -123,4 +124,17 @@ def _in_one_line(what: str, name: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         # Of any type: with a damaged or odd file transformers, safetensors and tokenizers fail wherever it shows.
-        raise UsageError(f"can't load the {what} {name}: {reason_of(error)}") from error
+        reason = _missing_here(name) or reason_of(error)
+        raise UsageError(f"can't load the {what} {name}: {reason}") from error
+
+
+def _missing_here(name: str | Path) -> str | None:
+    """What is missing for a model that people ask for; transformers knows only that its class is remote code."""
+    from transformers import PreTrainedConfig
+
+    try:
+        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    except Exception:  # noqa: BLE001 - the error that led here is the one to report
+        return None
+    reason = missing_reason(model_type)
+    return None if reason is None else f"model_type {model_type!r} isn't supported: {reason}"

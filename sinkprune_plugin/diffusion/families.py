@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.models.catalogue import MISSING, NATIVE_MODELS
+from sinkprune_plugin.models.catalogue import NATIVE_MODELS, missing_reason
 from sinkprune_plugin.models.diffusion_family import ContextAttention, DiffusionFamily
 
 __all__ = [
@@ -139,9 +139,9 @@ def resolve_diffusion(config: Any, tokenizer: Any = None, *, mask_token_id: int 
     family = find_family(config)
     if family is None:
         model_type = _field(config, "model_type")
-        for kind, reason in MISSING.items():
-            if isinstance(model_type, str) and _key(model_type).startswith(kind):
-                raise UsageError(f"model_type {model_type!r} isn't supported: {reason}")
+        reason = missing_reason(model_type)
+        if reason is not None:
+            raise UsageError(f"model_type {model_type!r} isn't supported: {reason}")
         known = ", ".join(f"{family.name} (model_type {' or '.join(family.model_types)})" for family in families())
         raise UsageError(
             f"model_type {_field(config, 'model_type')!r} is no known family of diffusion language models; "

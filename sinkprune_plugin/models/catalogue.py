@@ -19,6 +19,7 @@ __all__ = [
     "NativeModel",
     "Units",
     "list_native_model",
+    "missing_reason",
     "native_model",
 ]
 
@@ -157,6 +158,15 @@ _NEMOTRON_LABS = DiffusionFamily(
     context="causal",
     block_key="block_size",
 )
+_SDAR = DiffusionFamily(
+    "sdar",
+    ("sdar",),
+    # As in the checkpoints' config.json and in the engines that serve them.
+    default_mask_token_id=151669,
+    context="block_causal",
+    block_key="block_size",
+    default_block_length=4,
+)
 
 NATIVE_MODELS = [
     NativeModel(
@@ -226,6 +236,17 @@ NATIVE_MODELS = [
         vllm_model="nemotron_labs:NemotronLabsDiffusionModel",
         units=_QWEN_UNITS,
     ),
+    NativeModel(
+        model_type="sdar",
+        family=_SDAR,
+        models="SDAR 1.7B, 4B, 8B",
+        config="sdar.configuration_sdar:SDARConfig",
+        model="sdar.modeling_sdar:SDARForCausalLM",
+        architectures=("SDARForCausalLM",),
+        # Its context is to be read block by block, which our scheduler doesn't do.
+        vllm_model=None,
+        units=_QWEN_UNITS,
+    ),
 ]
 
 
@@ -243,11 +264,24 @@ ARCHITECTURES: dict[str, str] = {}
 """Class name in config.json → the vLLM class, as in :meth:`NativeModel.vllm_place`."""
 
 MISSING = {
+    "sdar_moe": "SDAR-MoE's experts have no class here; use a dense SDAR, or LLaDA2, a mixture of experts that "
+    "denoises blocks in the same way",
     "diffusion_gemma": "DiffusionGemma replaces tokens by random ones instead of a mask token, for which there is no "
     "likelihood, sampler or trajectory here, and its experts are one tensor per layer; use LLaDA2 or "
     "Nemotron-Labs-Diffusion",
 }
 """``model_type`` of models that people ask for → what is missing for them."""
+
+
+def missing_reason(model_type: Any) -> str | None:
+    """What is missing for a model that people ask for.
+
+    :param model_type: as in config.json, or anything
+    :return: a phrase; None for a model that is supported, or that nobody asked for
+    """
+    if not isinstance(model_type, str):
+        return None
+    return next((reason for kind, reason in MISSING.items() if model_type.casefold().startswith(kind)), None)
 
 
 def _list_architectures(native: NativeModel) -> None:

@@ -6,7 +6,7 @@ Nothing of the package is imported here. Attention and routing go token by token
 import torch
 from plain_forward import _gated_mlp, _linear, _rms_norm
 
-__all__ = ["block_visible", "plain_llada2"]
+__all__ = ["attend_visible", "block_visible", "plain_llada2", "rotated"]
 
 
 def block_visible(length, block):
@@ -14,13 +14,27 @@ def block_visible(length, block):
     return [list(range(min((query // block + 1) * block, length))) for query in range(length)]
 
 
-def _rotated(x, width, theta):
+def rotated(x, width, theta, positions=None):
     """(T, heads, head_dim): the first ``width`` elements of each head turned, pairs half of that apart."""
     half = width // 2
-    angle = torch.arange(len(x))[:, None] * theta ** (-torch.arange(half, dtype=torch.float32) / half)
+    positions = torch.arange(len(x)) if positions is None else positions
+    angle = positions[:, None] * theta ** (-torch.arange(half, dtype=torch.float32) / half)
     turn = torch.polar(torch.ones_like(angle), angle)[:, None]
     z = torch.complex(x[..., :half], x[..., half:width]) * turn
     return torch.cat((z.real, z.imag, x[..., width:]), dim=-1)
+
+
+def attend_visible(q, k, v, visible):
+    """(T, heads, head_dim) queries, (T, kv_heads, head_dim) keys and values → (T, heads · head_dim), one by one."""
+    groups = q.shape[1] // k.shape[1]
+    rows = []
+    for query, keys in enumerate(visible):
+        parts = []
+        for number in range(q.shape[1]):
+            weights = (k[keys, number // groups] @ q[query, number] / q.shape[2] ** 0.5).softmax(0)
+            parts.append(weights @ v[keys, number // groups])
+        rows.append(torch.cat(parts))
+    return torch.stack(rows)
 
 
 def _routed(tensors, mlp, config, token):
@@ -52,17 +66,10 @@ def plain_llada2(tensors, config, input_ids, visible):
         y = _rms_norm(tensors, f"{layer}.input_layernorm", x, eps)
         qkv = _linear(tensors, f"{layer}.attention.query_key_value", y).unflatten(-1, (-1, head))
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
-        q = _rotated(_rms_norm(tensors, f"{layer}.attention.query_layernorm", q, eps), rotary, config["rope_theta"])
-        k = _rotated(_rms_norm(tensors, f"{layer}.attention.key_layernorm", k, eps), rotary, config["rope_theta"])
-        rows = []
-        for query, keys in enumerate(visible):
-            parts = []
-            for number in range(heads):
-                group = number // (heads // kv_heads)
-                weights = (k[keys, group] @ q[query, number] / head**0.5).softmax(0)
-                parts.append(weights @ v[keys, group])
-            rows.append(torch.cat(parts))
-        x = x + _linear(tensors, f"{layer}.attention.dense", torch.stack(rows))
+        q = rotated(_rms_norm(tensors, f"{layer}.attention.query_layernorm", q, eps), rotary, config["rope_theta"])
+        k = rotated(_rms_norm(tensors, f"{layer}.attention.key_layernorm", k, eps), rotary, config["rope_theta"])
+        attended = attend_visible(q, k, v, visible)
+        x = x + _linear(tensors, f"{layer}.attention.dense", attended)
         y = _rms_norm(tensors, f"{layer}.post_attention_layernorm", x, eps)
         if f"{layer}.mlp.gate.weight" in tensors:
             x = x + torch.stack([_routed(tensors, f"{layer}.mlp", config, token) for token in y])

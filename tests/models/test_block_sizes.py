@@ -7,6 +7,7 @@ import pytest
 import torch
 from nemotron_labs_checkpoints import write_nemotron_labs
 from official_checkpoints import write_dream, write_llada
+from sdar_checkpoints import write_sdar
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sinkprune_plugin.errors import UsageError
@@ -22,6 +23,10 @@ WRITE = {
     "llada": (write_llada, {"n_layers": 3, "include_bias": True}),
     "llada grouped": (write_llada, {"n_layers": 3, "n_kv_heads": 3}),
     "nemotron": (write_nemotron_labs, {"num_hidden_layers": 3, "hidden_size": 48}),
+    "sdar": (
+        write_sdar,
+        {"num_hidden_layers": 3, "hidden_size": 80, "num_attention_heads": 8, "num_key_value_heads": 4},
+    ),
     "dream": (write_dream, {"num_hidden_layers": 3, "num_attention_heads": 14, "num_key_value_heads": 7}),
 }
 CHANNELS, HEADS = torch.tensor([0, 3, 4, 5, 9, 40, 41, 71]), torch.tensor([2, 3, 4, 5])

@@ -8,7 +8,9 @@ from block_references import plain_block_logits
 from nemotron_labs_checkpoints import write_nemotron_labs
 from official_checkpoints import write_llada2
 from plain_llada2 import block_visible, plain_llada2
+from plain_sdar import plain_sdar
 from sampling_references import plain_denoise
+from sdar_checkpoints import write_sdar
 
 from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.errors import UsageError
@@ -112,18 +114,21 @@ def test_defaults_are_the_model_s_own(blocks):
 @pytest.mark.parametrize(
     ("length", "gen_length", "options"), [(8, 8, {}), (7, 12, {}), (2, 9, {"steps": 5}), (1, 3, {}), (6, 3, {})]
 )
-def test_blocks_on_a_grid_over_prompt_and_generation(length, gen_length, options, tmp_path):
-    """LLaDA2: the first block has the rest of the prompt, and context tokens see their own block and those before."""
-    config, tensors = write_llada2(tmp_path)
+@pytest.mark.parametrize(
+    ("write", "plain", "mask"), [(write_llada2, plain_llada2, 2), (write_sdar, plain_sdar, 3)], ids=["llada2", "sdar"]
+)
+def test_blocks_on_a_grid_over_prompt_and_generation(write, plain, mask, length, gen_length, options, tmp_path):
+    """The first block has the rest of the prompt, and context tokens see their own block and those before."""
+    config, tensors = write(tmp_path)
     model = load_model(tmp_path, torch.float32)
     resolved = SamplingOptions.resolve(gen_length=gen_length, block_length=min(4, gen_length), **options)
     own = replace(resolved, block_length=4, offset=length % 4)
 
     def logits(x, begin, end, step):
-        result = plain_llada2(tensors, config, x[0, :end], block_visible(end, 4))
+        result = plain(tensors, config, x[0, :end], block_visible(end, 4))
         return torch.nn.functional.pad(result, (0, 0, 0, x.shape[1] - end))[None]
 
     steps = [own.steps_in_block(number) for number in range(len(own.blocks))]
-    expected = plain_denoise(logits, prompt_of(length), 2, blocks=own.blocks, steps=steps)
+    expected = plain_denoise(logits, prompt_of(length), mask, blocks=own.blocks, steps=steps)
     found = denoise(model, prompt_of(length), gen_length=gen_length, **options)
     assert found.sequences[0].tolist() == expected.tolist()
