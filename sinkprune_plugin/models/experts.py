@@ -7,12 +7,15 @@ What observers may rely on: in each forward pass a layer calls its router once, 
 then it calls each expert that a token chose once, in ascending order, with the rows :meth:`Routing.rows_of` names.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from sinkprune_plugin.errors import UsageError, short
+from sinkprune_plugin.models.catalogue import native_model
 from sinkprune_plugin.models.diffusion_lm import DiffusionLM
+from sinkprune_plugin.models.fused_loading import register_fused_experts
 from sinkprune_plugin.models.gated_mlp import GatedMLP
 
 __all__ = ["GroupedSigmoidRouter", "MixtureModel", "MoELayer", "Router", "Routing", "SoftmaxRouter"]
@@ -120,10 +123,40 @@ class GroupedSigmoidRouter(Router):
 class MixtureModel(DiffusionLM):
     """Base class of models with routers, which transformers doesn't know how to initialise."""
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint, see ``PreTrainedModel.from_pretrained``; experts may be fused (``fused_experts``).
+
+        :raises UsageError: if experts are in a layout that isn't understood, or weights of experts are missing, which
+            transformers would replace by random ones with a warning
+        """
+        native = native_model(cls.config_class)
+        if native is not None and native.experts is not None:
+            register_fused_experts(native.model_type, native.experts)
+        wanted = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        _refuse_missing_experts(model, pretrained_model_name_or_path, info)
+        return (model, info) if wanted else model
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Router):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
+
+
+def _refuse_missing_experts(model: nn.Module, source: Any, info: dict[str, Any]) -> None:
+    layers = [f"{name}." for name, module in model.named_modules() if isinstance(module, MoELayer)]
+    missing = sorted(name for name in info["missing_keys"] if name.startswith(tuple(layers)))
+    # Whoever lets sizes differ reports them, and the router's say more about another number of experts.
+    if not missing or info["mismatched_keys"]:
+        return
+    others = sorted(info["unexpected_keys"])
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    instead = f", which has {short(others[0])} that config.json doesn't ask for" if others else ""
+    raise UsageError(
+        f"{short(missing[0])}{more} of the experts that config.json asks for are in no file of {short(source)}"
+        f"{instead}; correct config.json, or fetch both again"
+    )
 
 
 class MoELayer(nn.Module):

@@ -13,6 +13,7 @@ from transformers.core_model_loading import ConversionOps, SkipParameters, Weigh
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats.files.part_groups import dense_name
+from sinkprune_plugin.models.fused_loading import ExpertsConverter
 from sinkprune_plugin.transformers.load_context import LoadContext
 
 __all__ = ["add_sparse_conversions"]
@@ -173,7 +174,9 @@ def add_sparse_conversions(
     loading: list[Any] = []
     originals: dict[int, Any] = {}
     for conversion in conversions:
-        rewritten = _rewrite(conversion, context) if isinstance(conversion, WeightConverter) else conversion
+        # Fused experts are three-dimensional, hence never sparse, and their converter casts.
+        whole = isinstance(conversion, ExpertsConverter) or not isinstance(conversion, WeightConverter)
+        rewritten = conversion if whole else _rewrite(conversion, context)
         if rewritten is not conversion:
             originals[id(rewritten)] = conversion
         loading.append(rewritten)
