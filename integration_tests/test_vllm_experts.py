@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from fused_checkpoints import LAYOUTS, fuse
 from official_checkpoints import write_llada2, write_llada_moe
 from sparse_models import prune_2_of_4
 from tiny_moe import write_tiny_moe
@@ -74,6 +75,24 @@ def test_logits_of_the_plain_model(changes, tmp_path, load, logits):
     # float32 sums in another order (fused projections and experts, another attention kernel); logits of order 1.
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert expected.abs().max() > 0.5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fused_experts_give_the_logits_of_separate_ones(layout, tmp_path, load, logits):
+    config, _ = write(tmp_path, experts=[5, 3])
+    separate = logits(*load(tmp_path), tokens_of(config))
+    fuse(tmp_path, layout, architectures=["FusedLLaDAMoEModelLM"])
+    assert torch.equal(logits(*load(tmp_path), tokens_of(config)), separate)
+
+
+def test_fused_experts_of_another_shape_are_refused(tmp_path, load):
+    config, _ = write(tmp_path)
+    fuse(tmp_path, "dInfer")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "expert_intermediate_size": 32}))
+    with pytest.raises(
+        UsageError, match=r"mlp\.w1 is \[6, 96, 64\] in its file, and config\.json asks for \[6, 64, 64\]"
+    ):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("sparse_format", ["sparse-24-bitmask", "sparse-bitmask"])

@@ -110,7 +110,24 @@ def write_checkpoint(
         dense_bytes=sum(spec.nbytes for spec in specs.values()),
         stored_bytes=sum(sizes),
         global_sparsity=sparsity,
-        notes=selection.notes + others.notes,
+        notes=selection.notes + _note_on_stacks(specs, census) + others.notes,
+    )
+
+
+def _note_on_stacks(specs: Mapping[str, TensorSpec], census: Mapping[str, Census]) -> tuple[str, ...]:
+    """What to say of pruned weights that are several matrices in one tensor, as fused experts are."""
+    # Half of the elements, with room for a few that a solver left: the least that any pattern here is used for.
+    stacks = sorted(
+        name
+        for name, counted in census.items()
+        if len(specs[name].shape) == 3 and counted.nonzeros <= 0.51 * specs[name].elements
+    )
+    if not stacks:
+        return ()
+    more = f" and {len(stacks) - 1} more" if len(stacks) > 1 else ""
+    return (
+        f"{stacks[0]}{more}: pruned, but stacks of matrices, which stay dense; load the model with transformers and "
+        "save it to have a tensor for each expert",
     )
 
 

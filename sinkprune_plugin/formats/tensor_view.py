@@ -27,7 +27,7 @@ class ViewedTensor:
 class TensorView:
     """A :class:`~sinkprune_plugin.formats.files.tensor_source.TensorSource` over tensors of another checkpoint.
 
-    Whole tensors pass through in pieces; those of which rows are taken are in memory one at a time.
+    Tensors pass through in pieces, whole or in part; only sparse ones are in memory, one at a time.
 
     :param reader: the other checkpoint
     :param tensors: new name → what it is there
@@ -52,10 +52,24 @@ class TensorView:
         viewed = self._tensors[name]
         if viewed.rows is None:
             yield from self._reader.chunks(viewed.name)
-        else:
+        elif viewed.name in self._reader.sparse_names or list(viewed.rows) != sorted(set(viewed.rows)):
             yield tensor_bytes(self[name])
+        else:
+            spec = self._reader.spec(viewed.name)
+            yield from _of_rows(self._reader.chunks(viewed.name), spec.nbytes // max(spec.shape[0], 1), viewed.rows)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         viewed = self._tensors[name]
         tensor = self._reader[viewed.name]
         return tensor if viewed.rows is None else tensor[torch.tensor(viewed.rows, dtype=torch.int64)]
+
+
+def _of_rows(pieces: Iterator[memoryview], row: int, rows: tuple[int, ...]) -> Iterator[memoryview]:
+    """Of a tensor's bytes those of some rows of ``row`` bytes, ascending."""
+    begin = 0
+    for piece in pieces:
+        end = begin + len(piece)
+        for number in rows:
+            if row * number < end and row * (number + 1) > begin:
+                yield piece[max(row * number - begin, 0) : row * (number + 1) - begin]
+        begin = end

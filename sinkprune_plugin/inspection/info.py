@@ -12,12 +12,14 @@ from tqdm import tqdm
 from sinkprune_plugin.errors import UsageError, short
 from sinkprune_plugin.formats import CheckpointReader, load_sparse_checkpoint
 from sinkprune_plugin.formats.codecs.format_names import LEGACY_METHOD, QUANT_METHOD
-from sinkprune_plugin.formats.files.safetensors_header import TORCH_DTYPES
+from sinkprune_plugin.formats.files.safetensors_header import TORCH_DTYPES, TensorSpec
 from sinkprune_plugin.formats.files.shard_reader import CONFIG_NAME, read_json
 from sinkprune_plugin.formats.files.stored_weights import SparseWeight
 from sinkprune_plugin.formats.selection import is_embedding
 from sinkprune_plugin.inspection.readers import Reader, Storage, find_readers
 from sinkprune_plugin.inspection.structure import ZeroCount, common_structure, count_zeros, structure_of
+from sinkprune_plugin.models.catalogue import NATIVE_MODELS
+from sinkprune_plugin.models.fused_experts import find_fused
 from sinkprune_plugin.models.sizes_in_config import DENSE_KEY, SIZES_KEY, BlockSizes, parse_sizes
 
 __all__ = ["CheckpointInfo", "LayerInfo", "inspect_checkpoint"]
@@ -39,7 +41,7 @@ class LayerInfo:
     :param type: module type
     :param block: name of its decoder block, None outside of them
     :param dtype: name in the file's header, such as BF16
-    :param shape: (R, C)
+    :param shape: (R, C), or (E, R, C) for fused experts
     :param sparse: whether it is stored in parts
     :param count: its zeros
     """
@@ -69,7 +71,7 @@ class CheckpointInfo:
     :param parameters: number of elements of weights and biases, zeros included
     :param unpruned_parameters: the same before units were removed, as its config says; None if it doesn't
     :param block_sizes: sizes of each decoder block, where its config lists them; None where all are alike
-    :param layers: module name → its weight, for each 2-D ``.weight``
+    :param layers: module name → its weight, for each 2-D ``.weight`` and for fused experts
     :param uncounted: tensors that hold weights in a packed form, in which zeros can't be counted
     :param readers: who can load it
     """
@@ -134,7 +136,8 @@ class CheckpointInfo:
         - ``by_type``: module type → summary
         - ``by_block``: decoder block → module type → summary
         - ``by_layer``: module → summary and ``role`` (``linear``, ``embedding``, ``outside``, ``router``), ``type``,
-          ``block`` (null outside), ``dtype``, ``shape``, ``sparse`` (stored in parts); all 2-D weights, pruned or not
+          ``block`` (null outside), ``dtype``, ``shape``, ``sparse`` (stored in parts); all 2-D weights and fused
+          experts (3-D), pruned or not
         - ``uncounted``: names of tensors in a packed form, in which zeros can't be counted
         - ``readers``: list of ``{reader, loads, note}`` with ``loads`` one of ``yes``, ``no``, ``untested``
 
@@ -223,7 +226,9 @@ def inspect_checkpoint(path: Path) -> CheckpointInfo:
             stored_bytes=sum(tensor.nbytes for tensor in stored),
             dense_bytes=sum(reader.spec(name).nbytes for name in reader),
             parameters=sum(
-                math.prod(reader.spec(name).shape) for name in reader if name.endswith((".weight", ".bias"))
+                math.prod(reader.spec(name).shape)
+                for name in reader
+                if name.endswith((".weight", ".bias")) or _fused(name, reader.spec(name)) is not None
             ),
             unpruned_parameters=_unpruned_parameters(config),
             block_sizes=_block_sizes(reader, config),
@@ -278,15 +283,21 @@ def _unpruned_parameters(config: dict[str, Any]) -> int | None:
 
 def _count_layers(info: CheckpointInfo, reader: CheckpointReader) -> None:
     wanted, size = {}, 0
+    experts: dict[str, int] = {}
     for name in reader:
         spec, module = reader.spec(name), name.removesuffix(".weight")
-        if name.endswith((".weight_packed", ".qweight")) or (module != name and spec.dtype not in TORCH_DTYPES):
+        layer = _fused(name, spec)
+        if layer is not None:
+            wanted[name] = name
+            experts[layer] = spec.shape[0]
+            size += spec.nbytes
+        elif name.endswith((".weight_packed", ".qweight")) or (module != name and spec.dtype not in TORCH_DTYPES):
             info.uncounted.append(name)
         elif module != name and len(spec.shape) == 2:
             wanted[module] = name
             size += spec.nbytes
     types = _module_types(wanted)
-    routers = _routers({module: reader.spec(name).shape[0] for module, name in wanted.items()})
+    routers = _routers({m: reader.spec(name).shape[0] for m, name in wanted.items() if m != name}, experts)
     with tqdm(total=size, desc="counting zeros", unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for module, name in sorted(wanted.items(), key=lambda item: _natural_order(item[0])):
             spec = reader.spec(name)
@@ -301,18 +312,28 @@ def _count_layers(info: CheckpointInfo, reader: CheckpointReader) -> None:
                 dtype=spec.dtype,
                 shape=spec.shape,
                 sparse=name in reader.sparse_names,
-                count=count_zeros(reader[name]),
+                count=count_zeros(reader[name].flatten(0, -2)),
             )
             bar.update(spec.nbytes)
 
 
-def _routers(rows: dict[str, int]) -> set[str]:
+def _fused(name: str, spec: TensorSpec) -> str | None:
+    """Name of the layer of experts whose fused weights a tensor holds; None if it holds none."""
+    for native in NATIVE_MODELS:
+        fused = None if native.experts is None else find_fused(name, native.experts)
+        if fused is not None and native.experts is not None and len(spec.shape) == 3 and spec.dtype in TORCH_DTYPES:
+            return f"{fused.prefix}{fused.block}.{native.experts.experts.rpartition('.')[0]}"
+    return None
+
+
+def _routers(rows: dict[str, int], fused: dict[str, int]) -> set[str]:
     """Weights beside a list of experts with a row for each, which choose among these: no modifier prunes them."""
     experts: dict[str, set[str]] = {}
     for module in rows:
         if match := _EXPERT.match(module):
             experts.setdefault(match[1], set()).add(match[2])
-    return {module for module, count in rows.items() if len(experts.get(module.rpartition(".")[0], ())) == count}
+    counts = {layer: len(numbers) for layer, numbers in experts.items()} | fused
+    return {module for module, count in rows.items() if counts.get(module.rpartition(".")[0]) == count}
 
 
 def _module_types(modules: dict[str, str]) -> dict[str, str]:

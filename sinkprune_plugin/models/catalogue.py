@@ -199,7 +199,8 @@ NATIVE_MODELS = [
         models="LLaDA-MoE",
         config="llada_moe.configuration_llada_moe:LLaDAMoEConfig",
         model="llada_moe.modeling_llada_moe:LLaDAMoEModelLM",
-        architectures=("LLaDAMoEModelLM", "LLaDAMoEModel"),
+        # The last one is dInfer's name for a checkpoint whose experts it has fused.
+        architectures=("LLaDAMoEModelLM", "LLaDAMoEModel", "FusedLLaDAMoEModelLM"),
         vllm_model="llada_moe:LLaDAMoEModelLM",
         experts=Experts(),
     ),

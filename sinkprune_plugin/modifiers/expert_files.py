@@ -18,7 +18,8 @@ from sinkprune_plugin.formats.tensor_view import TensorView, ViewedTensor
 from sinkprune_plugin.formats.write_request import LARGEST_SHARD, WriteRequest
 from sinkprune_plugin.loading import load_config
 from sinkprune_plugin.models.expert_lists import experts_of, note_kept_experts, set_expert_counts
-from sinkprune_plugin.models.sizes_in_config import DENSE_KEY, with_sizes
+from sinkprune_plugin.models.fused_experts import FusedTensor, find_fused, refuse_unknown, unknown_pattern
+from sinkprune_plugin.models.sizes_in_config import DENSE_KEY, sizes_in_config, with_sizes
 from sinkprune_plugin.modifiers.expert_choice import ExpertChoice
 from sinkprune_plugin.modifiers.experts import ExpertPruningModifier, described
 from sinkprune_plugin.modifiers.targets import PRUNABLE_DTYPES
@@ -42,7 +43,7 @@ class _Expert:
 
 
 def has_expert_files(model_name: str | Path) -> bool:
-    """Whether a checkpoint is a directory of safetensors files in which each expert has tensors of its own.
+    """Whether a checkpoint is a directory of safetensors files with experts in a layout that is understood.
 
     :param model_name: directory or hub name
     :raises UsageError: if the files are damaged, or the family has no experts
@@ -52,7 +53,7 @@ def has_expert_files(model_name: str | Path) -> bool:
         return False
     reader, names = CheckpointReader(directory), experts_of(load_config(directory))
     pattern = _pattern(names.experts)
-    return any(pattern.match(name) for name in reader)
+    return any(pattern.match(name) or find_fused(name, names) for name in reader)
 
 
 class ExpertFiles:
@@ -69,6 +70,7 @@ class ExpertFiles:
         self._config: Any = load_config(model_name)
         self._names = experts_of(self._config)
         self._choice = ExpertChoice(self._config, modifier.experts, by_error=modifier.allocation == "error")
+        self._fused = {name: fused for name in self._reader if (fused := find_fused(name, self._names))}
         self._experts, self._prefix = self._find_experts()
         self._check()
 
@@ -78,7 +80,7 @@ class ExpertFiles:
         left = {index: 1 - self._choice.removed[index] / layer.experts for index, layer in self._choice.layers.items()}
         total = 0.0
         for name in self._reader:
-            place = self._experts.get(name)
+            place = self._experts.get(name) or self._fused.get(name)
             total += self._reader.spec(name).nbytes * (1.0 if place is None else left[place.block])
         return int(total)
 
@@ -90,15 +92,26 @@ class ExpertFiles:
         """
         sums = {index: [WeightSums() for _ in range(layer.experts)] for index, layer in self._choice.layers.items()}
         weights = {name: place for name, place in self._experts.items() if place.rest in self._projections}
-        total = sum(self._reader.spec(name).nbytes for name in weights)
+        total = sum(self._reader.spec(name).nbytes for name in (*weights, *self._fused))
         with tqdm(total=total, desc="scoring experts", unit="B", unit_scale=True) as bar:
             for name, place in weights.items():
-                dtype = TORCH_DTYPES[self._reader.spec(name).dtype]
-                for piece in self._reader.chunks(name):
-                    sums[place.block][place.expert].add(torch.frombuffer(piece, dtype=dtype))
-                    bar.update(len(piece))
+                self._add(name, [sums[place.block][place.expert]], bar)
+            for name, fused in self._fused.items():
+                self._add(name, sums[fused.block], bar)
         score = self._modifier.score
         return {index: weight_importance(each, score, f"decoder block {index}") for index, each in sums.items()}
+
+    def _add(self, name: str, sums: list[WeightSums], bar: Any) -> None:
+        """Read one tensor, whose first dimension is divided among the experts of ``sums``."""
+        spec = self._reader.spec(name)
+        each, done = spec.elements // len(sums), 0
+        for piece in self._reader.chunks(name):
+            values = torch.frombuffer(piece, dtype=TORCH_DTYPES[spec.dtype])
+            while len(values):
+                part = values[: each - done % each]
+                sums[done // each].add(part)
+                values, done = values[len(part) :], done + len(part)
+            bar.update(len(piece))
 
     def write(self, importances: Mapping[int, torch.Tensor], directory: Path) -> str:
         """Write the checkpoint without the least important experts, in the format that it is in.
@@ -136,14 +149,18 @@ class ExpertFiles:
         return frozenset(f"{name}.weight" for name in (self._names.gate, self._names.up, self._names.down))
 
     def _find_experts(self) -> tuple[dict[str, _Expert], str]:
-        pattern = _pattern(self._names.experts)
+        pattern, unknown = _pattern(self._names.experts), re.compile(unknown_pattern(self._names))
+        for name in self._reader:
+            if unknown.search(name):
+                raise refuse_unknown(name, self._reader.spec(name).shape, self._names)
         found = {name: match for name in self._reader if (match := pattern.match(name))}
-        prefixes = sorted({match["prefix"] for match in found.values()})
+        prefixes = sorted(
+            {match["prefix"] for match in found.values()} | {fused.prefix for fused in self._fused.values()}
+        )
         if len(prefixes) != 1:
             where = " and ".join(prefixes) or "no list of blocks"
             raise UsageError(
-                f"{self._reader.directory} has experts in {where}; expected are those of one list of decoder blocks, a "
-                "tensor for each expert"
+                f"{self._reader.directory} has experts in {where}; expected are those of one list of decoder blocks"
             )
         experts = {
             name: _Expert(int(match["block"]), int(match["expert"]), match["rest"]) for name, match in found.items()
@@ -154,6 +171,8 @@ class ExpertFiles:
         """Compare the tensors of experts and routers with the configuration."""
         there = {(place.block, place.expert, place.rest) for place in self._experts.values()}
         counts = {index: layer.experts for index, layer in self._choice.layers.items()}
+        for name, fused in self._fused.items():
+            there |= self._check_fused(name, fused)
         for place in self._experts.values():
             if place.expert >= counts.get(place.block, 0):
                 raise UsageError(
@@ -168,10 +187,11 @@ class ExpertFiles:
                             f"{self._prefix}{index}.{self._names.experts}.{number}.{rest} is in no file, and "
                             f"config.json asks for {count} experts there; correct config.json, or fetch both again"
                         )
-        for name, place in self._experts.items():
-            spec = self._reader.spec(name)
-            if place.rest in self._projections and TORCH_DTYPES.get(spec.dtype) not in PRUNABLE_DTYPES:
-                raise UsageError(f"{name} has {spec.dtype} weights; remove experts before quantizing")
+        weights = [name for name, place in self._experts.items() if place.rest in self._projections]
+        for name in (*weights, *self._fused):
+            dtype = self._reader.spec(name).dtype
+            if TORCH_DTYPES.get(dtype) not in PRUNABLE_DTYPES:
+                raise UsageError(f"{name} has {dtype} weights; remove experts before quantizing")
         for name, index in self._rows().items():
             shape = self._reader.spec(name).shape
             if not shape or shape[0] != counts[index]:
@@ -183,6 +203,18 @@ class ExpertFiles:
         for index in counts:
             if f"{self._prefix}{index}.{router}" not in self._reader:
                 raise UsageError(f"{self._prefix}{index}.{router}, the router's weight, is in no file; fetch it again")
+
+    def _check_fused(self, name: str, fused: FusedTensor) -> set[tuple[int, int, str]]:
+        """What is in a fused tensor: blocks, experts and names of weights."""
+        sizes = sizes_in_config(self._config)
+        if fused.block not in self._choice.layers:
+            raise UsageError(
+                f"decoder block {fused.block} has {name}, and config.json asks for no experts there; correct "
+                "config.json, or fetch both again"
+            )
+        fused.check(self._reader.spec(name).shape, self._names, sizes[fused.block], self._config.hidden_size)
+        count = self._choice.layers[fused.block].experts
+        return {(fused.block, number, f"{each}.weight") for number in range(count) for each in fused.projections}
 
     def _rows(self) -> dict[str, int]:
         """Tensors with a row for each expert, and the block they are in."""
@@ -202,8 +234,9 @@ class ExpertFiles:
                 if place is not None:
                     new = f"{self._prefix}{expert.block}.{self._names.experts}.{place}.{expert.rest}"
                     viewed[new] = ViewedTensor(name)
-            elif name in rows:
-                viewed[name] = ViewedTensor(name, tuple(kept[rows[name]]))
+            elif name in rows or name in self._fused:
+                block = rows[name] if name in rows else self._fused[name].block
+                viewed[name] = ViewedTensor(name, tuple(kept[block]))
             else:
                 viewed[name] = ViewedTensor(name)
         return viewed

@@ -2,7 +2,7 @@
 
 Works on names and tensors as vLLM's loaders yield them, before a model's own loading. So fused projections and
 tensor-parallel slices are cut from each weight just as from a dense checkpoint, and no more than one weight at a time
-is both sparse and dense.
+is both sparse and dense. Experts that a checkpoint has fused are taken apart here as well.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +18,8 @@ from sinkprune_plugin.formats.files.part_checks import DAMAGED
 from sinkprune_plugin.formats.files.part_groups import dense_name, has_full_names, split_part
 from sinkprune_plugin.formats.files.stored_weights import CODECS
 from sinkprune_plugin.formats.sparsity_config import SparsityConfig, read_sparsity_config
+from sinkprune_plugin.models.catalogue import native_model
+from sinkprune_plugin.models.fused_experts import with_experts_apart
 
 __all__ = ["complete_weights", "dense_weights", "install_sparse_loading", "read_block", "sparsity_of"]
 
@@ -152,7 +154,12 @@ def _reading_sparse(get_all_weights: Callable[..., Stream]) -> Callable[..., Str
             stream = dense_weights(stream, sparsity.format)
         # Only our models say what they need.
         names = getattr(model, "checkpoint_names", None)
-        return stream if names is None else complete_weights(stream, names())
+        if names is None:
+            return stream
+        native = native_model(model_config.hf_config)
+        if native is not None and native.experts is not None:
+            stream = with_experts_apart(model_config.hf_config, native.experts, stream)
+        return complete_weights(stream, names())
 
     reading.reads_sparse = True  # type: ignore[attr-defined]
     return reading

@@ -6,6 +6,7 @@ import torch
 from sinkprune_plugin.formats import save_sparse_checkpoint
 from sinkprune_plugin.formats.checkpoint_reader import CheckpointReader
 from sinkprune_plugin.formats.checkpoint_writer import write_checkpoint
+from sinkprune_plugin.formats.files import shard_reader
 from sinkprune_plugin.formats.tensor_view import TensorView, ViewedTensor
 from sinkprune_plugin.formats.write_request import WriteRequest
 
@@ -59,3 +60,15 @@ def test_what_is_written_has_the_chosen_tensors_and_rows_under_the_new_names(sto
     assert set(result) == set(expected)
     for name, tensor in expected.items():
         assert torch.equal(result[name], tensor), name
+
+
+@pytest.mark.parametrize("rows", [(), (0,), (2, 3, 5), (0, 1, 2, 3, 4, 5), (5, 0)])
+def test_rows_that_lie_in_several_pieces(rows, tmp_path, monkeypatch):
+    """Pieces are 16 MiB; here 100 bytes, against rows of 48."""
+    monkeypatch.setattr(shard_reader, "_PIECE", 100)
+    tensors = {"layers.0.experts.down_proj": torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0))}
+    save_sparse_checkpoint(tensors, tmp_path, format="dense", progress=False)
+    view = TensorView(CheckpointReader(tmp_path), {"new": ViewedTensor("layers.0.experts.down_proj", rows)})
+    found = b"".join(bytes(piece) for piece in view.chunks("new"))
+    assert found == tensors["layers.0.experts.down_proj"][list(rows)].numpy().tobytes()
+    assert view.spec("new").shape == (len(rows), 3, 4)
