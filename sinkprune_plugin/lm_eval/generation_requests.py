@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.sampling.edit_options import refuse_edits
 
 __all__ = ["AnswerRequest", "cut_text", "cut_tokens"]
 
@@ -39,6 +40,7 @@ class AnswerRequest:
         :return: the request
         :raises UsageError: on an unknown option, since ignoring one would change the result
         """
+        refuse_edits(given)
         for name in given:
             if name not in _LENGTH_NAMES + _OTHERS:
                 raise UsageError(

@@ -11,6 +11,7 @@ from sinkprune_plugin.devices import choose_device
 from sinkprune_plugin.diffusion import DiffusionSpec
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.sampling import SamplingOptions
+from sinkprune_plugin.sampling.edit_options import refuse_edits
 from sinkprune_plugin.sampling.family_options import family_options
 
 __all__ = ["ModelArguments", "sampling_options"]
@@ -69,6 +70,7 @@ class ModelArguments:
         :raises UsageError: for an unknown argument or a wrong value, in one line with the remedy
         """
         values = {name: value for name, value in given.items() if name not in _IGNORED and value is not None}
+        refuse_edits(values)
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:

@@ -207,7 +207,7 @@ NATIVE_MODELS = [
     NativeModel(
         model_type="llada2_moe",
         family=_LLADA2,
-        models="LLaDA2.0, 2.1 and 2.2 mini and flash",
+        models="LLaDA2.0 and 2.1 mini and flash",
         config="llada2_moe.configuration_llada2_moe:LLaDA2MoeConfig",
         model="llada2_moe.modeling_llada2_moe:LLaDA2MoeModelLM",
         architectures=("LLaDA2MoeModelLM",),

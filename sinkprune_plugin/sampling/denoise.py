@@ -18,6 +18,7 @@ from sinkprune_plugin.diffusion import DiffusionSpec, resolve_diffusion
 from sinkprune_plugin.diffusion.evaluation_mode import evaluation_mode
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.sampling.denoising_batch import DenoisingBatch
+from sinkprune_plugin.sampling.edit_options import EDIT_OPTIONS, refuse_edits
 from sinkprune_plugin.sampling.family_options import family_options
 from sinkprune_plugin.sampling.options import SamplingOptions
 from sinkprune_plugin.sampling.prompts import as_prompts, as_seeds, check_prompts
@@ -60,6 +61,7 @@ def denoise(
     eos_token_ids: Collection[int] | None = None,
     progress: bool = False,
     return_trajectory: bool = False,
+    **edits: Any,
 ) -> DenoiseOutput:
     """Generate by denoising a canvas of masks after each prompt, block by block.
 
@@ -89,10 +91,15 @@ def denoise(
     :param eos_token_ids: a prompt is done after the block with one of these; default none
     :param progress: show a progress bar on a terminal
     :param return_trajectory: keep the canvas after each step
+    :param edits: options of other samplers that edit unmasked tokens (LLaDA2.1), which must be None: see
+        :mod:`~sinkprune_plugin.sampling.edit_options`
     :return: the generated tokens, on the model's device
     :raises UsageError: on wrong options, on a prompt that is empty, too long or holds the mask token, and if the model
         is of no known family, can't be run with the cache asked for, or gives logits that aren't finite
     """
+    refuse_edits(edits)
+    if unknown := set(edits).difference(EDIT_OPTIONS):
+        raise TypeError(f"denoise() got an unexpected keyword argument {min(unknown)!r}")
     spec = resolve_diffusion(model.config) if spec is None else spec
     prompts = as_prompts(input_ids)
     ruled = family_options(spec, {"block_length": block_length, "cache": cache, "cfg_scale": cfg_scale}, gen_length)

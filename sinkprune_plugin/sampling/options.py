@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from sinkprune_plugin.diffusion import DiffusionSpec
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.sampling.edit_options import refuse_edits
 from sinkprune_plugin.sampling.family_options import family_options
 
 __all__ = ["CACHES", "OPTION_NAMES", "REMASKINGS", "CacheName", "RemaskingName", "SamplingOptions", "parse_options"]
@@ -262,6 +263,7 @@ def parse_options(
     :return: the options
     :raises UsageError: for an unknown option or a wrong value, in one line with the remedy
     """
+    refuse_edits(given)
     for name in given:
         if name not in OPTION_NAMES:
             near = difflib.get_close_matches(str(name)[:100], OPTION_NAMES, n=1)

@@ -31,6 +31,7 @@ def test_requests_are_read(given, expected):
     [
         ({"block_length": 8}, "generation option 'block_length' is unknown to sinkprune"),
         ({"repetition_penalty": 1.1}, "'repetition_penalty' is unknown"),
+        ({"max_post_steps": 16}, "^max_post_steps asks for edits of unmasked tokens"),
         ({"num_beams": 4}, "num_beams 4 doesn't apply"),
         ({"max_gen_toks": 0}, "max_gen_toks 0 is out of range"),
         ({"max_gen_toks": "many"}, "max_gen_toks 'many' is out of range"),

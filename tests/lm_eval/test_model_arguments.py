@@ -31,6 +31,7 @@ def test_the_device_that_lm_eval_passes_by_itself_is_taken_where_it_is_there(kin
     ("given", "message"),
     [
         ({"pretrained": None}, "there is no model; pass --model_args pretrained="),
+        ({"editing_threshold": 0.5}, "editing_threshold asks for edits of unmasked tokens, which aren't made here"),
         ({"blok_length": 8}, "'blok_length' is unknown; did you mean block_length?"),
         ({"zzz": 8}, "'zzz' is unknown; known are pretrained, backend"),
         ({"backend": "tpu"}, "backend 'tpu' is unknown; use transformers or vllm"),

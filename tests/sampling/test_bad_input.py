@@ -164,3 +164,16 @@ def test_logits_that_are_not_finite_are_an_error(value, remasking):
     tiny = Tiny(lambda x: x * value, mask_token_id=MASK)
     message = message_of(tiny, GOOD, remasking=remasking)
     assert message == "the logits of Tiny hold NaN or Inf; check the weights, or run in float32"
+
+
+@pytest.mark.parametrize("name", ["editing_threshold", "max_post_steps", "edit_threshold", "max_post_edit_steps"])
+def test_edits_of_unmasked_tokens_are_refused_with_what_to_do(name, model):
+    message = message_of(model, GOOD, **{name: 0.5})
+    assert message.startswith(f"{name} asks for edits of unmasked tokens, which aren't made here; leave it out")
+    # None turns them off in the samplers that have the option.
+    assert len(denoise(model, GOOD, gen_length=4, **{name: None}).sequences) == 1
+
+
+def test_another_unknown_option_is_the_error_that_python_gives(model):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'editing'"):
+        denoise(model, GOOD, gen_length=4, editing=0.5)

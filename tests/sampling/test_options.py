@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.sampling import SamplingOptions, parse_options
+from sinkprune_plugin.sampling.edit_options import EDIT_OPTIONS
 from sinkprune_plugin.sampling.options import CACHES, OPTION_NAMES, REMASKINGS
 
 
@@ -198,6 +199,11 @@ def test_none_is_not_given():
     [
         ({"dlm_block_lenght": 8}, "unknown option 'dlm_block_lenght'; did you mean dlm_block_length?"),
         ({"dlm_step": 8}, "unknown option 'dlm_step'; did you mean dlm_steps?"),
+        (
+            {"dlm_editing_threshold": 0.5},
+            "dlm_editing_threshold asks for edits of unmasked tokens, which aren't made here; leave it out to sample "
+            "LLaDA2.1 like LLaDA2.0, or use the model's own sampler or SGLang",
+        ),
         ({"dlm_steps": "8.0"}, "dlm_steps '8.0' isn't a whole number; send one in digits"),
         ({"dlm_steps": "1_6"}, "dlm_steps '1_6' isn't a whole number; send one in digits"),
         ({"dlm_steps": " 8"}, "dlm_steps ' 8' isn't a whole number; send one in digits"),
@@ -251,3 +257,9 @@ def test_early_stop_over_http(value):
 def test_whether_the_number_of_steps_is_known(changes):
     assert SamplingOptions.resolve(gen_length=8).fixed_steps
     assert not SamplingOptions.resolve(gen_length=8, **changes).fixed_steps
+
+
+def test_edits_are_refused_whatever_a_request_calls_them():
+    for name in EDIT_OPTIONS:
+        with pytest.raises(UsageError, match=f"^{name} asks for edits of unmasked tokens"):
+            parse_options({name: "0.5"}, max_tokens=8)

@@ -18,14 +18,21 @@ from sinkprune_plugin.models.sizes_in_config import (
 
 __all__ = ["LLaDA2MoeConfig"]
 
-# Options that change the computation, and the values that the native class computes. Not among them: use_qk_norm,
-# moe_router_enable_expert_bias and sliding_window, which the official network doesn't read: its queries and keys are
-# always normalised, and its router always has a bias.
+# Options that change the computation, and the values that the native class computes: keys of the official configuration
+# class, of published files, and what other engines read. The official network reads none of them but rope_scaling and,
+# in LLaDA2.1, use_qk_norm, and computes what the values here say. Without a meaning in evaluation: embedding_dropout,
+# output_dropout, max_window_layers, sliding_window; rotary_dim is partial_rotary_factor once more.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "norm_head": (None, False),
+    "norm_softmax": (None, False),
     "norm_topk_prob": (None, True),
     "score_function": (None, "sigmoid"),
+    "moe_router_enable_expert_bias": (None, True),
+    "router_dtype": (None, "fp32"),
+    "use_qk_norm": (None, True),
+    "use_rmsnorm": (None, True),
     "use_sliding_window": (None, False),
+    "using_split_qkv_in_self_attention": (None, False),
     "rope_scaling": (None,),
 }
 
@@ -64,7 +71,7 @@ class LLaDA2MoeConfig(PreTrainedConfig):
     :param tie_word_embeddings: the vocabulary projection is the embedding table
     :param block_length: tokens in a block; not in official files, whose examples all give 32
     :param norm_head: must be False
-    :param norm_topk_prob: must be True
+    :param norm_topk_prob: must be True, see ``_SUPPORTED`` for further keys with one possible value
     :param score_function: must be ``sigmoid``
     :param use_sliding_window: must be False
     :param mask_token_id: token that masked positions hold
@@ -169,6 +176,13 @@ class LLaDA2MoeConfig(PreTrainedConfig):
             value = getattr(self, option)
             if value is not None and (type(value) is not int or value < 0):
                 raise self._wrong(f"{option}={short(repr(value))} must be a whole number of at least 0")
+        # Block routing, as in sgl-project/sglang's pull request 31768.
+        capacity = getattr(self, "expert_capacity", None)
+        if capacity is not None:
+            raise UsageError(
+                f"expert_capacity={short(repr(capacity))} in this LLaDA2 configuration: the tokens of a block choose "
+                "among the experts that the block admits (LLaDA2.2), which isn't computed; use LLaDA2.0 or 2.1"
+            )
         check_values(self, _SUPPORTED, "LLaDA2")
         if self.rotary_width % 2 or self.partial_rotary_factor > 1:
             raise self._wrong(

@@ -28,14 +28,20 @@ __all__ = ["LLaDAMoEConfig"]
 # What the official files say; the official code would take such a file for dense LLaDA's without its auto_map.
 _OFFICIAL_TYPE = "llada"
 
-# Options that change the computation, and the values that the native class computes. Not among them: norm_topk_prob,
-# moe_router_score_function, routed_scaling_factor, router_num_group and router_topk_group, which the official network
-# doesn't read: its router is a softmax over all experts whose weights are neither scaled nor normalised again.
+# Options that change the computation, and the values that the native class computes. The last five are keys of the
+# official configuration that the official network doesn't read: its router is a softmax over all experts whose weights
+# are neither scaled nor normalised again. Other values would be another model for whoever reads them; -2 stands for none
+# in the official class.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "shared_expert_intermediate_size": (None, 0),
     "moe_router_enable_expert_bias": (None, False),
     "clip_qkv": (None,),
     "partial_rotary_factor": (None, 1),
+    "norm_topk_prob": (None, False),
+    "moe_router_score_function": (None, "softmax"),
+    "routed_scaling_factor": (None, 1),
+    "router_num_group": (None, 1, -2),
+    "router_topk_group": (None, 1, -2),
 }
 
 
