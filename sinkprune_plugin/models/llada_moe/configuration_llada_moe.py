@@ -30,8 +30,8 @@ _OFFICIAL_TYPE = "llada"
 
 # Options that change the computation, and the values that the native class computes. The last five are keys of the
 # official configuration that the official network doesn't read: its router is a softmax over all experts whose weights
-# are neither scaled nor normalised again. Other values would be another model for whoever reads them; -2 stands for none
-# in the official class.
+# are neither scaled nor normalised again. Other values would be another model for whoever reads them; -2 stands for
+# none in the official class.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "shared_expert_intermediate_size": (None, 0),
     "moe_router_enable_expert_bias": (None, False),
