@@ -72,6 +72,7 @@ def test_the_report_holds_quality_samples_size_speed_and_sinks(report, pruned):
     assert size["pruned"]["file_bytes"] == (pruned / "model.safetensors").stat().st_size
     assert size["pruned"]["format"] == "sparse-24-bitmask"
     assert size["pruned"]["memory_bytes"] == size["dense"]["memory_bytes"]
+    assert size["memory_ratio"] == 1
     assert [(row["batch"], row["cache"]) for row in content["speed"]["rows"]] == [
         (batch, cache) for batch in (1, 4) for cache in ("none", "dual")
     ]
@@ -210,7 +211,7 @@ def test_page_in_a_browser(report, tmp_path, width):
     found = {name: float(value) for name, value in re.findall(r"(\w+)=([\d.]+)", title)}
     assert found["images"] == 6
     assert found["broken"] == found["wide"] == found["requests"] == 0
-    # 7 answers, 4 speeds, 2 sizes, 7 module types.
-    assert found["rows"] == 20
+    # 8 answers, 4 speeds, 2 sizes, 7 module types.
+    assert found["rows"] == 21
     assert found["font"] >= 14
     assert found["width"] == width

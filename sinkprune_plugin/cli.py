@@ -196,6 +196,9 @@ def verify(
     min_speedup: Annotated[
         float | None, typer.Option(help="Fail unless this ratio to the dense speed is certain (low end of interval).")
     ] = None,
+    peak_memory: Annotated[
+        bool, typer.Option("--peak-memory", help="Load each model in a process of its own to see the most it takes.")
+    ] = False,
     device: DeviceOption = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help=BATCH_SIZE)] = 8,
     overwrite: OverwriteOption = False,
@@ -224,6 +227,7 @@ def verify(
         dtype=dtype,
         device=device,
         batch_size=batch_size,
+        peak_memory=peak_memory,
     )
     with quiet_steps(verbose=verbose) as steps, steps.step(f"comparing {pruned} with {dense}"):
         report = run(dense, pruned, output, options, overwrite=overwrite)

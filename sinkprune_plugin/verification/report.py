@@ -91,8 +91,34 @@ def headline(content: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"dense {size['dense']['file_bytes'] / 1e6:.2f} MB; {100 * size['file_ratio']:.1f} %, "
             f"{size['pruned']['format']}",
         ),
+        (
+            "weights in memory",
+            f"{size['pruned']['memory_bytes'] / 1e6:.2f} MB",
+            f"dense {size['dense']['memory_bytes'] / 1e6:.2f} MB; {100 * size['memory_ratio']:.1f} %, as the "
+            "transformers models hold them",
+        ),
+        *_peaks(size),
         ("speed", *_speed(content["speed"])),
     ]
+
+
+def _peaks(size: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The most memory that each took, where it was measured."""
+    if "peak" not in size["pruned"]:
+        return []
+    pruned, dense = size["pruned"]["peak"], size["dense"]["peak"]
+    rows = [
+        (
+            "peak memory",
+            f"{pruned['peak_bytes'] / 1e6:.0f} MB",
+            f"dense {dense['peak_bytes'] / 1e6:.0f} MB; before a checkpoint is opened "
+            f"{pruned['start_bytes'] / 1e6:.0f} and {dense['start_bytes'] / 1e6:.0f} MB",
+        )
+    ]
+    if pruned["device_bytes"] is not None:
+        text = f"dense {dense['device_bytes'] / 1e6:.0f} MB"
+        rows.append(("peak memory of the device", f"{pruned['device_bytes'] / 1e6:.0f} MB", text))
+    return rows
 
 
 def _speed(speed: dict[str, Any]) -> tuple[str, str]:

@@ -27,6 +27,7 @@ from sinkprune_plugin.verification.compatibility import (
     memory_bytes,
     natural_zeros,
 )
+from sinkprune_plugin.verification.peak_memory import PeakMemory, peak_memory
 from sinkprune_plugin.verification.perplexity import compare_perplexity
 from sinkprune_plugin.verification.recovered import recovered_section
 from sinkprune_plugin.verification.report import JSON_FILE, SCHEMA_VERSION, write_report
@@ -63,6 +64,7 @@ class VerifyOptions:
     :param dtype: precision both models are run in; None takes each checkpoint's own
     :param device: where transformers' models run: ``auto`` (the accelerator if there is one), ``cpu``, ``cuda:1``, …
     :param batch_size: windows in a forward pass, for perplexity and sinks; the speed has batch sizes of its own
+    :param peak_memory: load each model once more, in a process of its own, to see the most memory that it takes
     """
 
     backend: Literal["transformers", "vllm"] = "transformers"
@@ -76,6 +78,7 @@ class VerifyOptions:
     dtype: str | None = None
     device: str = "auto"
     batch_size: int = 8
+    peak_memory: bool = False
 
 
 def verify(
@@ -94,6 +97,11 @@ def verify(
     options = options or VerifyOptions()
     if options.backend not in ("transformers", "vllm"):
         raise UsageError(f"backend {options.backend!r} is unknown; use transformers or vllm")
+    if options.backend == "vllm" and options.peak_memory:
+        raise UsageError(
+            "vLLM takes as much memory for its cache as gpu_memory_utilization gives it, so its peak says nothing of a "
+            "model; drop one of --peak-memory and --backend vllm"
+        )
     options.bars.check()
     device = choose_device(options.device)
     if options.backend == "vllm":
@@ -112,6 +120,13 @@ def verify(
         ar_inputs = _inputs(options.ar_model, options, windows.shape[1], 2)
     recipe = _recipe(pruned)
     infos = [inspect_checkpoint(path) for path in (dense, pruned)]
+    # A quarter of the window is the prompt, and an answer at most as long, so that both have room.
+    prompts = windows[:, : max(1, windows.shape[1] // 4)]
+    workload = _workload(spec, prompts, options)
+    peaks = None
+    if options.peak_memory:
+        # Before the models are in this process: all may not fit at once.
+        peaks = [peak_memory(path, workload, options.dtype, device) for path in (dense, pruned)]
     dtype: Any = "auto" if options.dtype is None else getattr(torch, options.dtype)
     models = [load_model(path, dtype, device) for path in (dense, pruned)]
 
@@ -139,8 +154,6 @@ def verify(
             progress=True,
         )
         quality = compare_quality(models[1])
-        # A quarter of the window is the prompt, and an answer at most as long, so that both have room.
-        prompts = windows[:, : max(1, windows.shape[1] // 4)]
         answer = min(LONGEST_ANSWER, prompts.shape[1])
         compare_answers = functools.partial(
             compare_samples,
@@ -153,7 +166,7 @@ def verify(
             progress=True,
         )
         samples = compare_answers(models[1])
-        speed = _speed(dense, pruned, models, spec, prompts, options)
+        speed = _speed(dense, pruned, models, spec, workload, options)
         why = why_not_faster(infos[0], infos[1], options.backend, on_gpu=torch.cuda.is_available())
         content: dict[str, Any] = {
             "schema": "sinkprune.verify",
@@ -164,7 +177,7 @@ def verify(
             "quality": asdict(quality) | {"increase_percent": quality.increase},
             "samples": asdict(samples),
             "sparsity": _sparsity(infos, natural_zeros(dense, pruned, infos[1].layers)),
-            "size": _sizes(infos, models),
+            "size": _sizes(infos, models, peaks),
             "speed": {"backend": options.backend, "why_not_faster": why} | asdict(speed),
             "sinks": {name: _sink_summary(report) for name, report in sinks.items()},
         }
@@ -232,12 +245,10 @@ def _inputs(model_name: str | Path, options: VerifyOptions, seq_len: int | None,
     )
 
 
-def _speed(
-    dense: Path, pruned: Path, models: Sequence[Any], spec: Any, prompts: torch.Tensor, options: VerifyOptions
-) -> Any:
+def _workload(spec: Any, prompts: torch.Tensor, options: VerifyOptions) -> Workload:
     length = min(QUICK_TIMED if options.quick else LONGEST_TIMED, prompts.shape[1])
     block = block_within(spec, 16 if length % 16 == 0 else length)
-    workload = Workload(
+    return Workload(
         prompts=prompts,
         gen_length=length,
         block_length=block,
@@ -248,6 +259,11 @@ def _speed(
         seconds=QUICK_TIMING if options.quick else TIMING,
         seed=options.seed,
     )
+
+
+def _speed(
+    dense: Path, pruned: Path, models: Sequence[Any], spec: Any, workload: Workload, options: VerifyOptions
+) -> Any:
     if options.backend == "vllm":
         paths = (dense, pruned)
         samplers = [vllm_sampler(path, workload, model.dtype) for path, model in zip(paths, models, strict=True)]
@@ -268,7 +284,7 @@ def _sparsity(infos: Sequence[Any], natural: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _sizes(infos: Sequence[Any], models: Sequence[Any]) -> dict[str, Any]:
+def _sizes(infos: Sequence[Any], models: Sequence[Any], peaks: Sequence[PeakMemory] | None) -> dict[str, Any]:
     names = ("dense", "pruned")
     sizes: dict[str, Any] = {}
     for name, info, model in zip(names, infos, models, strict=True):
@@ -279,7 +295,11 @@ def _sizes(infos: Sequence[Any], models: Sequence[Any]) -> dict[str, Any]:
             "memory_bytes": memory_bytes(model),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
-    sizes["file_ratio"] = sizes["pruned"]["file_bytes"] / sizes["dense"]["file_bytes"]
+    for key in ("file", "memory"):
+        sizes[f"{key}_ratio"] = sizes["pruned"][f"{key}_bytes"] / sizes["dense"][f"{key}_bytes"]
+    if peaks is not None:
+        for name, peak in zip(names, peaks, strict=True):
+            sizes[name]["peak"] = asdict(peak)
     return sizes
 
 
