@@ -69,11 +69,15 @@ def prune_experts_in_files(
             files = ExpertFiles(model_name, modifier)
             check_output(output, overwrite=overwrite, needed_bytes=files.written_bytes)
         with steps.step(f"scoring experts with {recipe.name} (no data, weights read from the files)"):
-            importances = files.scores()
+            kept = files.choose(files.scores())
         with steps.step(f"writing {output}"):
-            steps.note(f"{type(modifier).__name__}: {files.write(importances, directory)}")
+            saved = load_oneshot_flow().check_recipe(recipe, content)
+            line = saved.modifiers[0].settle(files.removed(kept), files.blocks)
+            if line is not None:
+                steps.note(line)
+            steps.note(f"{type(modifier).__name__}: {files.write(kept, directory)}")
             # As llm-compressor does where it saves: the recipe after those that made the source.
-            load_oneshot_flow().check_recipe(recipe, content).yaml(
+            saved.yaml(
                 file_path=str(directory / RECIPE_FILE),
                 existing_recipe_path=str(earlier) if earlier.is_file() else None,
             )

@@ -126,7 +126,9 @@ class CalibratingModifierBase(SinkAwareFields):
             return RunEstimate(
                 sweeps,
                 len(self._blocks),
-                hidden_bytes=hidden_state_bytes(model, max(sweep.tokens * sweep.streams for sweep in sweeps)),
+                hidden_bytes=hidden_state_bytes(
+                    model, max((sweep.tokens * sweep.streams for sweep in sweeps), default=0)
+                ),
                 statistics_bytes=self._statistics_bytes(noisy),
                 brought_in_bytes=brought_in_bytes(model, self._blocks, len(sweeps)),
             )

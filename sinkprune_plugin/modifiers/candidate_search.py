@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import tqdm
@@ -12,7 +12,7 @@ from sinkprune_plugin.modifiers.finalist_recovery import FinalistRecovery
 from sinkprune_plugin.modifiers.prediction_distance import PredictionDistance
 from sinkprune_plugin.pruning.evolution import Candidate, SearchOptions, SearchSpace, SearchState, Stage, search
 
-__all__ = ["CandidateBlocks", "CandidateSearch"]
+__all__ = ["CandidateBlocks", "CandidateSearch", "RecoverableBlocks"]
 
 
 class CandidateBlocks(Protocol):
@@ -26,8 +26,13 @@ class CandidateBlocks(Protocol):
         """
         ...
 
+
+@runtime_checkable
+class RecoverableBlocks(CandidateBlocks, Protocol):
+    """Candidates that can be recovered before they are measured."""
+
     def weights(self, block: int, candidate: Candidate) -> Mapping[torch.nn.Linear, torch.Tensor] | None:
-        """The same as weights of the dense block's shapes, with zeros for what is pruned.
+        """What a candidate's block computes with, in the dense block's shapes and with zeros for what is pruned.
 
         :param block: index of the decoder block
         :param candidate: one level for each group
@@ -43,7 +48,8 @@ class CandidateSearch:
     :param space: the candidates
     :param blocks: what they compute
     :param distance: measures them
-    :param recovery: recovers candidates of a stage that says so before they are measured
+    :param recovery: recovers candidates of a stage that says so before they are measured; then ``blocks`` are
+        recoverable
     """
 
     def __init__(
@@ -100,6 +106,8 @@ class CandidateSearch:
     def _value(self, candidate: Candidate, stage: Stage, number: int) -> float:
         if not stage.recovery:
             return self.measure(candidate, stage.tokens, number)
-        assert self._recovery is not None  # who asks for it gives one
-        fitting = self._recovery.of(lambda block: self._blocks.weights(block, candidate), number)
+        blocks = self._blocks
+        # Who asks for it gives both.
+        assert self._recovery is not None and isinstance(blocks, RecoverableBlocks)  # noqa: PT018
+        fitting = self._recovery.of(lambda block: blocks.weights(block, candidate), number)
         return self._distance.measure_fitted(fitting, stage.tokens, number)

@@ -6,14 +6,14 @@ from pydantic import Field, model_validator
 
 from sinkprune_plugin.diffusion import timestep_grid
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.modifiers.calibrating_base import CalibratingModifierBase
+from sinkprune_plugin.modifiers.search_base import SearchBase
 from sinkprune_plugin.pruning.experts import CALIBRATED_SCORES, ExpertScore
 from sinkprune_plugin.pruning.patterns import parse_mask_structure
 
 __all__ = ["ExpertFields"]
 
 
-class ExpertFields(CalibratingModifierBase):
+class ExpertFields(SearchBase):
     """Fields of :class:`ExpertPruningModifier`, which documents them."""
 
     makes_smaller = True
@@ -22,10 +22,7 @@ class ExpertFields(CalibratingModifierBase):
         "mask_structure": "whole experts are removed, not single weights; let a modifier for N:M follow in the recipe",
         "targets": "the experts are the family's; give `experts` a list with one value for each decoder block",
         "ignore": "give `experts` a list with one value for each decoder block, 0 to leave its experts alone",
-        "allocation_spread": "give `experts` a list with one value for each decoder block",
-        "allocation_note": "it belongs to a list of sparsities",
-        "search_budget": "the allocations are uniform and error",
-        "search_directory": "the allocations are uniform and error",
+        "search_recovery_steps": "candidates are measured as they are, as nothing is adapted to the experts that stay",
         "preserve_sparsity_mask": "weights of experts that stay aren't changed",
     }
     # Fields that expert pruning hasn't, at the values that the base expects.
@@ -33,20 +30,23 @@ class ExpertFields(CalibratingModifierBase):
     mask_structure: str = Field(default="0:0", exclude=True)
     targets: str | list[str] = Field(default_factory=lambda: ["Linear"], exclude=True)
     ignore: list[str] = Field(default_factory=list, exclude=True)
-    allocation_spread: float = Field(default=0.1, exclude=True)
-    allocation_note: str | None = Field(default=None, exclude=True)
-    search_budget: int = Field(default=1, exclude=True)
-    search_directory: str | None = Field(default=None, exclude=True)
+    search_recovery_steps: int = Field(default=0, exclude=True)
     preserve_sparsity_mask: bool = Field(default=False, exclude=True)
 
     experts: int | float | list[int | float]
     score: ExpertScore = "aimer"
-    allocation: Literal["uniform", "error"] = "uniform"
+    allocation: Literal["uniform", "early_sparser", "late_sparser", "error", "search"] = "uniform"
+    search_budget: int = Field(default=2**20, gt=0)
     calibrate_on: Literal["corrupted", "clean"] = "corrupted"
 
     @property
     def needs_data(self) -> bool:
-        """Whether the score is taken from tokens, not from the weights alone."""
+        """Whether tokens are needed, for the score or for a search, or the weights alone say it all."""
+        return self.score_needs_data or self.allocation == "search"
+
+    @property
+    def score_needs_data(self) -> bool:
+        """Whether the score is taken from tokens."""
         return self.score in CALIBRATED_SCORES
 
     @model_validator(mode="after")
@@ -65,9 +65,10 @@ class ExpertFields(CalibratingModifierBase):
             raise UsageError(
                 f"{type(self).__name__} has nothing to remove; give `experts` a share such as 0.25, or a number"
             )
-        if self.allocation == "error" and isinstance(self.experts, list):
+        if self.allocation != "uniform" and isinstance(self.experts, list):
             raise UsageError(
-                "allocation error chooses how many experts each block loses, which a list fixes; drop one of the two"
+                f"allocation {self.allocation} chooses how many experts each block loses, which a list fixes; drop one "
+                "of the two"
             )
         if self.calibrate_on == "clean" and self.timestep_weighting != "uniform":
             raise UsageError(

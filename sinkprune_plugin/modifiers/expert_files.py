@@ -69,7 +69,7 @@ class ExpertFiles:
         self._modifier = modifier
         self._config: Any = load_config(model_name)
         self._names = experts_of(self._config)
-        self._choice = ExpertChoice(self._config, modifier.experts, by_error=modifier.allocation == "error")
+        self._choice = ExpertChoice(self._config, modifier.experts, modifier.allocation, modifier.allocation_spread)
         self._fused = {name: fused for name in self._reader if (fused := find_fused(name, self._names))}
         self._experts, self._prefix = self._find_experts()
         self._check()
@@ -113,15 +113,35 @@ class ExpertFiles:
                 values, done = values[len(part) :], done + len(part)
             bar.update(len(piece))
 
-    def write(self, importances: Mapping[int, torch.Tensor], directory: Path) -> str:
-        """Write the checkpoint without the least important experts, in the format that it is in.
+    @property
+    def blocks(self) -> int:
+        """Decoder blocks."""
+        return self._choice.blocks
+
+    def choose(self, importances: Mapping[int, torch.Tensor]) -> dict[int, list[int]]:
+        """Choose the experts that stay.
 
         :param importances: see :meth:`scores`
+        :return: number of the block → their numbers, ascending
+        """
+        return self._choice.kept(importances, self._modifier.score)
+
+    def removed(self, kept: Mapping[int, list[int]]) -> dict[int, int]:
+        """How many go.
+
+        :param kept: see :meth:`choose`
+        :return: number of the block → their number
+        """
+        return {index: layer.experts - len(kept[index]) for index, layer in self._choice.layers.items()}
+
+    def write(self, kept: Mapping[int, list[int]], directory: Path) -> str:
+        """Write the checkpoint without the other experts, in the format that it is in.
+
+        :param kept: see :meth:`choose`
         :param directory: directory to be written; it appears whole or not at all
         :return: one line about what was done
         :raises UsageError: if the disk is full; nothing is left behind
         """
-        kept = self._choice.kept(importances, self._modifier.score)
         view = TensorView(self._reader, self._viewed(kept))
         specs = [self._reader.spec(name) for name in self._reader]
         before, after = sum(spec.elements for spec in specs), sum(view.spec(name).elements for name in view)

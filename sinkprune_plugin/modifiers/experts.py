@@ -24,8 +24,8 @@ from sinkprune_plugin.models.expert_lists import (
 )
 from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.base import SinkAwareModifierBase
+from sinkprune_plugin.modifiers.expert_allocation import ExpertAllocation
 from sinkprune_plugin.modifiers.expert_choice import ExpertChoice
-from sinkprune_plugin.modifiers.expert_fields import ExpertFields
 from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, PassEngine
 from sinkprune_plugin.modifiers.recipe_order import earlier_modifiers
 from sinkprune_plugin.modifiers.routing import RoutedLayer, find_routed_layers
@@ -37,7 +37,7 @@ from sinkprune_plugin.pruning.experts import RoutedSums, WeightSums, weight_impo
 __all__ = ["ExpertPruningModifier"]
 
 
-class ExpertPruningModifier(ExpertFields):
+class ExpertPruningModifier(ExpertAllocation):
     """Remove whole experts from a mixture-of-experts diffusion LM.
 
     Scores: AIMER (arXiv 2603.18492) and the norm, which need the weights alone; REAP (arXiv 2510.13999) and the
@@ -59,22 +59,25 @@ class ExpertPruningModifier(ExpertFields):
     - on_initialize: check that the routers can do with what stays
     - on_calibration_start:
         - score the experts; for ``reap`` and ``frequency`` find the sinks, and sum over the tokens of each expert
+        - for ``allocation: search`` try how many of each block are to go
         - take the others out, with their rows of the router, and write the numbers into the model's configuration
     - on_finalize: remove hooks
 
     Further fields: those of :class:`SinkAwareFields` about timesteps, sinks, ``seed`` and ``hidden_states``, which the
-    scores without calibration don't read.
+    scores without calibration don't read unless there is a search, and ``allocation_spread``, ``allocation_note``,
+    ``search_budget`` and ``search_directory``.
 
     :param experts: experts to remove from each decoder block: a share in [0, 1) or a number, or a list with one of them
         for each block, 0 in blocks without experts
     :param score: ``aimer``, ``magnitude``, ``reap`` or ``frequency``; see :mod:`sinkprune_plugin.pruning.experts`
-    :param allocation: ``uniform``: as many from each block; ``error``: as many in all, those that cost the least
-        anywhere: the experts with the smallest share of the score of their block, or with the highest AIMER of all
+    :param allocation: ``uniform``: as many from each block; all others remove as many in all. ``early_sparser`` and
+        ``late_sparser``: the share falls or rises linearly over the blocks by twice ``allocation_spread``; ``error``:
+        those that cost the least anywhere, the experts with the smallest share of the score of their block, or with
+        the highest AIMER of all; ``search``: the numbers with the least distance to the dense model's predictions
     :param calibrate_on: ``corrupted``: the tokens of all timesteps, without sinks; ``clean``: clean samples in which
         all tokens count alike, as REAP is published
     """
 
-    _choice: ExpertChoice = PrivateAttr()
     _earlier: list[Modifier] = PrivateAttr(default_factory=list)
     _summary: str = PrivateAttr(default="")
 
@@ -113,10 +116,10 @@ class ExpertPruningModifier(ExpertFields):
 
     def _find_targets(self, model: torch.nn.Module) -> None:
         config: Any = model.config
-        self._choice = ExpertChoice(config, self.experts, by_error=self.allocation == "error")
+        self._choice = ExpertChoice(config, self.experts, self.allocation, self.allocation_spread)
         check_expert_modules(model)
         _, self._blocks = find_decoder_blocks(model)
-        for index in self._choice.layers if self.needs_data else ():
+        for index in self._choice.layers if self.score_needs_data else ():
             if len(list(find_routed_layers("", self._blocks[index]))) != 1:
                 raise UsageError(
                     f"the routing of decoder block {index} of {type(model).__name__} can't be observed, which score "
@@ -146,6 +149,14 @@ class ExpertPruningModifier(ExpertFields):
         return importances
 
     def _calibrate_and_prune(self, engine: PassEngine) -> None:
+        model = engine.model
+        importances = self._routed_importances(engine) if self.score_needs_data else self._weight_importances(model)
+        if self.allocation == "search":
+            self._remove(model, importances, *self._search_counts(engine, importances))
+        else:
+            self._remove(model, importances)
+
+    def _routed_importances(self, engine: PassEngine) -> dict[int, torch.Tensor]:
         if self.calibrate_on == "clean":
             passes = [clean_pass(batch, spec_of(self._corruption)) for batch in self._batches]
         else:
@@ -171,9 +182,11 @@ class ExpertPruningModifier(ExpertFields):
             distributed.sum_everywhere(each.outputs)
             distributed.sum_everywhere(each.tokens)
             importances[index] = each.importance(self.score)
-        self._remove(engine.model, importances)
+        return importances
 
     def _sweeps(self, clean: SweepPlan, noisy: SweepPlan) -> tuple[SweepPlan, ...]:
+        if not self.score_needs_data:
+            return ()
         return (clean,) if self.calibrate_on == "clean" else (noisy, noisy)
 
     def _statistics_bytes(self, noisy: SweepPlan) -> int:
@@ -182,9 +195,20 @@ class ExpertPruningModifier(ExpertFields):
 
     # ---- removal
 
-    def _remove(self, model: torch.nn.Module, importances: Mapping[int, torch.Tensor]) -> None:
+    def _remove(
+        self,
+        model: torch.nn.Module,
+        importances: Mapping[int, torch.Tensor],
+        removed: Mapping[int, int] | None = None,
+        note: str | None = None,
+    ) -> None:
         config: Any = model.config
-        kept = self._choice.kept(importances, self.score)
+        layers = self._choice.layers
+        kept = self._choice.kept(importances, self.score, removed)
+        removed = {index: layers[index].experts - len(numbers) for index, numbers in kept.items()}
+        line = self.settle(removed, self._choice.blocks, note)
+        if line is not None:
+            logger.info(line)
         with disable_onloading():
             before = sum(parameter.numel() for parameter in model.parameters())
         for index, numbers in kept.items():

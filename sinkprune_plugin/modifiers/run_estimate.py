@@ -75,7 +75,7 @@ class RunEstimate:
         return sum(sweep.num_passes * sweep.runs_per_block * self.num_blocks for sweep in self.sweeps)
 
     def __str__(self) -> str:
-        sweeps = " + ".join(f"{sweep.num_passes} passes" for sweep in self.sweeps)
+        sweeps = " + ".join(f"{sweep.num_passes} passes" for sweep in self.sweeps) or "no passes"
         text = (
             f"{sweeps} through {self.num_blocks} blocks, {self.block_runs} runs of a block; hidden states "
             f"{_size(self.hidden_bytes)}, "

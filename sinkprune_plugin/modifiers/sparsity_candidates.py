@@ -16,7 +16,7 @@ __all__ = ["SparsityCandidates"]
 
 
 class SparsityCandidates:
-    """See :class:`CandidateBlocks`.
+    """See :class:`RecoverableBlocks`.
 
     :param targets: for each block that has targets, by its index in the model, its targets
     :param database: their weights at all levels
@@ -28,12 +28,12 @@ class SparsityCandidates:
         self._database = database
 
     def installed(self, block: int, candidate: Candidate) -> contextlib.AbstractContextManager[Any]:
-        """See :class:`CandidateBlocks`."""
+        """See :class:`RecoverableBlocks`."""
         weights = self.weights(block, candidate)
         return forward_replaced([(module, linear_with(weight, module)) for module, weight in weights.items()])
 
     def weights(self, block: int, candidate: Candidate) -> dict[torch.nn.Linear, torch.Tensor]:
-        """See :class:`CandidateBlocks`."""
+        """See :class:`RecoverableBlocks`."""
         if block not in self._groups:
             return {}
         level = candidate[self._groups[block]]

@@ -18,7 +18,7 @@ __all__ = ["WidthCandidates"]
 
 
 class WidthCandidates:
-    """See :class:`CandidateBlocks`.
+    """See :class:`RecoverableBlocks`.
 
     :param blocks: the dense model's decoder blocks
     :param gone: those that are left out
@@ -45,7 +45,7 @@ class WidthCandidates:
         self._solved = solved
 
     def installed(self, block: int, candidate: Candidate) -> contextlib.AbstractContextManager[Any]:
-        """See :class:`CandidateBlocks`."""
+        """See :class:`RecoverableBlocks`."""
         if block in self._gone:
             return skipped(self._blocks[block])
         return forward_replaced(
@@ -53,7 +53,7 @@ class WidthCandidates:
         )
 
     def weights(self, block: int, candidate: Candidate) -> dict[torch.nn.Linear, torch.Tensor] | None:
-        """See :class:`CandidateBlocks`."""
+        """See :class:`RecoverableBlocks`."""
         if block in self._gone:
             return None
         found = {}

@@ -1,4 +1,4 @@
-"""Which experts of a mixture go: scores of experts, and how many of each layer stay. Torch only."""
+"""Which experts of a mixture go: scores of experts, and how many a layer can lose. Torch only."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,6 @@ __all__ = [
     "RoutedSums",
     "WeightSums",
     "experts_that_stay",
-    "removed_by_error",
     "weight_importance",
 ]
 
@@ -190,39 +189,3 @@ def experts_that_stay(importance: torch.Tensor, removed: int, groups: int = 1) -
     each = order.shape[1]
     kept = order[:, : each - removed // groups] + torch.arange(groups).unsqueeze(1) * each
     return sorted(kept.flatten().tolist())
-
-
-def removed_by_error(
-    importances: Sequence[torch.Tensor], layers: Sequence[ExpertLayer], total: int, *, relative: bool
-) -> list[int]:
-    """Spread a number of removed experts over the layers: those go that cost the least anywhere.
-
-    :param importances: (E,) of each layer
-    :param layers: their routers
-    :param total: experts that go in all layers together
-    :param relative: compare an expert's share of the importance of its layer, where layers have scales of their own;
-        otherwise the importance itself
-    :return: how many go from each layer; the sum is ``total``, or less by less than the largest number of groups
-    :raises UsageError: if the routers need more experts than would stay
-    """
-    steps: list[tuple[float, int, int]] = []
-    for index, (importance, layer) in enumerate(zip(importances, layers, strict=True)):
-        scale = float(importance.sum()) if relative else 1.0
-        ordered = importance.view(layer.groups, -1).sort(dim=1).values / (scale or 1.0)
-        # One of each group at a time; the mean, so that a step of several experts competes with one of a single one.
-        costs = ordered.mean(dim=0)[: (layer.experts - layer.fewest) // layer.groups]
-        steps += [(cost, index, layer.groups) for cost in costs.tolist()]
-    result = [0] * len(layers)
-    left = total
-    # Costs ascend within a layer, and sorting is stable.
-    for _, index, step in sorted(steps, key=lambda each: each[0]):
-        if step <= left:
-            result[index] += step
-            left -= step
-    if left >= max(layer.groups for layer in layers):
-        most = total - left
-        raise UsageError(
-            f"{total} experts of all layers together can't go: the routers need their top-k, so at most {most} can; "
-            "remove fewer"
-        )
-    return result

@@ -14,7 +14,6 @@ from sinkprune_plugin.pruning.experts import (
     RoutedSums,
     WeightSums,
     experts_that_stay,
-    removed_by_error,
     weight_importance,
 )
 
@@ -109,28 +108,6 @@ def test_the_least_important_of_each_group_go(groups, each, data):
         members = range(group * each, (group + 1) * each)
         ranked = sorted(members, key=lambda number: (-values[number], number))
         assert [number for number in kept if number in members] == sorted(ranked[: each - removed])
-
-
-def test_removed_by_error_takes_the_cheapest_of_all_layers():
-    layers = [ExpertLayer(4, 1), ExpertLayer(4, 1)]
-    importances = [torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([100.0, 900.0, 900.0, 900.0])]
-    assert removed_by_error(importances, layers, 3, relative=False) == [3, 0]
-    # Of shares 0.1, 0.2, 0.3 and 0.04 these are the first three.
-    assert removed_by_error(importances, layers, 3, relative=True) == [2, 1]
-
-
-def test_removed_by_error_leaves_each_router_its_choice():
-    importances = [torch.arange(8.0) / 1000, torch.arange(8.0) + 1]
-    assert removed_by_error(importances, [ExpertLayer(8, 2)] * 2, 8, relative=False) == [6, 2]
-    with pytest.raises(UsageError, match=r"13 experts of all layers together can't go.*at most 12 can"):
-        removed_by_error(importances, [ExpertLayer(8, 2)] * 2, 13, relative=False)
-
-
-def test_removed_by_error_takes_from_each_group():
-    layers = [ExpertLayer(8, 2, groups=2, chosen_groups=1)] * 2
-    importances = [torch.tensor([0.0, 0.1, 9.0, 9.0, 5.0, 5.0, 9.0, 9.0]), torch.full((8,), 3.0)]
-    # A step of the first layer costs (0 + 5) / 2, one of the second 3.
-    assert removed_by_error(importances, layers, 6, relative=False) == [4, 2]
 
 
 @pytest.mark.parametrize(
