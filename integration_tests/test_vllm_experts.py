@@ -14,6 +14,7 @@ from vllm_modules import forward_function, loader, tokens_of
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import convert_checkpoint
 from sinkprune_plugin.loading import load_model, load_tokenizer
+from sinkprune_plugin.models.block_sizes import keep_units
 from sinkprune_plugin.models.llada_moe import LLaDAMoEModelLM
 from sinkprune_plugin.sampling import denoise
 from sinkprune_plugin.text_windows import embedded_text, read_documents
@@ -83,6 +84,19 @@ def test_fused_experts_give_the_logits_of_separate_ones(layout, tmp_path, load, 
     separate = logits(*load(tmp_path), tokens_of(config))
     fuse(tmp_path, layout, architectures=["FusedLLaDAMoEModelLM"])
     assert torch.equal(logits(*load(tmp_path), tokens_of(config)), separate)
+
+
+def test_fewer_heads_and_channels(tmp_path, load, logits):
+    """A dense layer that lost channels and heads, and one with experts that lost a block's worth of heads."""
+    config, _ = write(tmp_path / "whole", moe_layer_freq=[0, 1], num_key_value_heads=2)
+    model = load_model(tmp_path / "whole", torch.float32)
+    keep_units(model, 0, channels=torch.arange(32), heads=torch.tensor([0, 2]))
+    keep_units(model, 1, heads=torch.tensor([2, 3]))
+    model.save_pretrained(tmp_path / "small")
+    tokens = tokens_of(config)
+    with torch.no_grad():
+        expected = model(tokens[None]).logits[0]
+    torch.testing.assert_close(logits(*load(tmp_path / "small"), tokens), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_fused_experts_of_another_shape_are_refused(tmp_path, load):

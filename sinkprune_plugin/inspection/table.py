@@ -97,13 +97,15 @@ def _row(name: str, layers: list[LayerInfo]) -> tuple[Text, ...]:
 
 def _sizes(block_sizes: list[BlockSizes]) -> Table:
     """A row for each run of blocks that are alike."""
-    routed = any(sizes.experts for sizes in block_sizes)
-    numbers = ("MLP channels", "attention heads", "key and value heads", *(["experts"] if routed else []))
+    routed, shared = any(sizes.experts for sizes in block_sizes), any(sizes.shared_channels for sizes in block_sizes)
+    others = (*(["experts"] if routed else []), *(["shared channels"] if shared else []))
+    numbers = ("MLP channels", "attention heads", "key and value heads", *others)
     table = _table("block", *numbers, numbers=numbers)
     first = 0
     for sizes, run in groupby(block_sizes):
         last = first + len(list(run)) - 1
-        cells = [sizes.mlp_channels, sizes.attention_heads, sizes.key_value_heads, *([sizes.experts] if routed else [])]
+        cells = [sizes.mlp_channels, sizes.attention_heads, sizes.key_value_heads]
+        cells += [*([sizes.experts] if routed else []), *([sizes.shared_channels] if shared else [])]
         table.add_row(*map(Text, (f"{first}" if first == last else f"{first} to {last}", *map(str, cells))))
         first = last + 1
     return table

@@ -1,7 +1,8 @@
 """Units of decoder blocks in memory: how many there are, and keeping some of them, so that the model gets smaller.
 
 A unit is a channel of the gated MLP, a query head, or a whole block. Removing one takes rows and columns out of all
-Linears that share it (:class:`~sinkprune_plugin.models.catalogue.Units`). After each of these functions the model's
+Linears that share it (:class:`~sinkprune_plugin.models.catalogue.Units`). In a block with routed experts the MLP is the
+expert that all tokens go to, if there is one. After each of these functions the model's
 configuration says what the model is, so that ``save_pretrained`` and ``from_pretrained`` give the same model again.
 """
 
@@ -15,16 +16,26 @@ from torch import nn
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.catalogue import NATIVE_MODELS, Units, native_model
 from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
-from sinkprune_plugin.models.sizes_in_config import DENSE_KEY, SIZES_KEY, BlockSizes, ordinary_sizes, sizes_in_config
+from sinkprune_plugin.models.sizes_in_config import (
+    DENSE_KEY,
+    KEPT_KEY,
+    SIZES_KEY,
+    BlockSizes,
+    ordinary_block_sizes,
+    ordinary_sizes,
+    sizes_in_config,
+)
 
 __all__ = [
     "BlockSizes",
     "block_sizes",
+    "experts_in_block",
     "keep_units",
     "record_dense",
     "remove_blocks",
     "require_own_weights",
     "settle_config",
+    "unit_linears",
     "units_of",
 ]
 
@@ -62,7 +73,29 @@ def block_sizes(model_or_config: Any) -> list[BlockSizes]:
     if not isinstance(model_or_config, nn.Module):
         return sizes_in_config(model_or_config)
     units, config = units_of(model_or_config), _config(model_or_config)
-    return [_sizes(block, units, config.head_dim) for block in find_decoder_blocks(model_or_config)[1]]
+    return [_sizes(block, units, config) for block in find_decoder_blocks(model_or_config)[1]]
+
+
+def unit_linears(block: nn.Module, units: Units) -> dict[str, tuple[str, ...]]:
+    """Linears of one block that share its units, by names within it.
+
+    :param block: a decoder block
+    :param units: what can be removed from blocks of the family
+    :return: ``heads`` and, unless all of the block's experts are routed, ``channels`` → those that write the units, and
+        last the one that reads them; none is there twice
+    """
+    found = {"heads": (*dict.fromkeys((units.head_rows, *units.key_value_rows)), units.head_columns)}
+    for rows, columns in ((units.channel_rows, units.channel_columns), (units.shared_rows, units.shared_columns)):
+        if columns is not None and _has(block, columns):
+            found["channels"] = (*rows, columns)
+    return found
+
+
+def _has(block: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(block.get_submodule(name), nn.Linear)
+    except AttributeError:
+        return False
 
 
 def _config(model: nn.Module) -> Any:
@@ -70,12 +103,38 @@ def _config(model: nn.Module) -> Any:
     return model.config
 
 
-def _sizes(block: nn.Module, units: Units, head_dim: int) -> BlockSizes:
-    return BlockSizes(
-        mlp_channels=_linear(block, units.channel_columns).in_features,
-        attention_heads=_linear(block, units.head_columns).in_features // head_dim,
-        key_value_heads=_linear(block, units.key_value_rows[0]).out_features // head_dim,
-    )
+def _sizes(block: nn.Module, units: Units, config: Any) -> BlockSizes:
+    heads = _linear(block, units.head_columns).in_features // config.head_dim
+    rows = _linear(block, units.key_value_rows[0]).out_features // config.head_dim
+    # Queries first, then keys and values, or keys alone.
+    key_value_heads = (rows - heads) // 2 if units.key_value_rows[0] == units.head_rows else rows
+    channels = unit_linears(block, units).get("channels")
+    common = 0 if channels is None else _linear(block, channels[-1]).in_features
+    experts = experts_in_block(block, config)
+    if experts is None:
+        return BlockSizes(common, heads, key_value_heads)
+    native = native_model(config)
+    assert native is not None
+    assert native.experts is not None
+    width = _linear(experts[0], native.experts.down).in_features
+    return BlockSizes(width, heads, key_value_heads, len(experts), common)
+
+
+def experts_in_block(block: nn.Module, config: Any) -> nn.ModuleList | None:
+    """The routed experts of one block.
+
+    :param block: a decoder block of a native model
+    :param config: the model's configuration
+    :return: the list of them; None where there is none
+    """
+    native = native_model(config)
+    if native is None or native.experts is None:
+        return None
+    try:
+        experts = block.get_submodule(native.experts.experts)
+    except AttributeError:
+        return None
+    return experts if isinstance(experts, nn.ModuleList) else None
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:
@@ -92,11 +151,12 @@ def require_own_weights(model: nn.Module) -> None:
     """
     units = units_of(model)
     name, blocks = find_decoder_blocks(model)
-    parts = (
-        *(*units.channel_rows, units.channel_columns),
-        *(units.head_rows, *units.key_value_rows, units.head_columns),
-    )
-    linears = {f"{index}.{part}": _linear(block, part) for index, block in enumerate(blocks) for part in parts}
+    linears = {
+        f"{index}.{part}": _linear(block, part)
+        for index, block in enumerate(blocks)
+        for parts in unit_linears(block, units).values()
+        for part in parts
+    }
     _refuse_shared(model, linears, name)
 
 
@@ -110,7 +170,7 @@ def keep_units(
 
     :param model: a native model, may be offloaded with compressed-tensors
     :param block_index: number of the block
-    :param channels: (n,) int64, channels of the MLP that stay; None: all
+    :param channels: (n,) int64, channels of the MLP or shared expert that stay; None: all
     :param heads: (m,) int64, query heads that stay; None: all
     :raises UsageError: if nothing would stay, an index is out of range or there twice, the query heads don't fit the
         key and value heads, or a Linear shares its weight with another, is quantized by groups of columns or on the
@@ -119,18 +179,24 @@ def keep_units(
     units, head_dim = units_of(model), _config(model).head_dim
     name, blocks = find_decoder_blocks(model)
     block, where = blocks[block_index], f"{name}.{block_index}"
-    sizes = _sizes(block, units, head_dim)
+    sizes, linears = _sizes(block, units, _config(model)), unit_linears(block, units)
     rows: dict[str, torch.Tensor] = {}
     columns: dict[str, torch.Tensor] = {}
     if channels is not None:
-        kept = _checked(channels, sizes.mlp_channels, f"{where}: channels")
-        rows |= dict.fromkeys(units.channel_rows, kept)
-        columns[units.channel_columns] = kept
+        if "channels" not in linears:
+            raise UsageError(
+                f"{where} has routed experts only, and their channels stay; remove whole experts, or channels of "
+                "another block"
+            )
+        kept = _checked(channels, sizes.common_channels, f"{where}: channels")
+        *writers, reader = linears["channels"]
+        rows |= dict.fromkeys(writers, kept)
+        columns[reader] = kept
     if heads is not None:
         kept = _checked(heads, sizes.attention_heads, f"{where}: attention heads")
         groups = _kept_groups(kept, sizes, where)
-        rows[units.head_rows] = columns[units.head_columns] = _elements(kept, head_dim)
-        rows |= dict.fromkeys(units.key_value_rows, _elements(groups, head_dim))
+        columns[units.head_columns] = _elements(kept, head_dim)
+        rows |= _head_rows(units, sizes, kept, groups, head_dim)
     changed = {part: _linear(block, part) for part in (*rows, *columns)}
     _refuse_shared(model, changed, where)
     for part, linear in changed.items():
@@ -139,6 +205,18 @@ def keep_units(
     for part, linear in changed.items():
         _slice(linear, rows.get(part), columns.get(part))
     settle_config(model)
+
+
+def _head_rows(
+    units: Units, sizes: BlockSizes, heads: torch.Tensor, groups: torch.Tensor, head_dim: int
+) -> dict[str, torch.Tensor]:
+    """Rows that stay of the Linears that write queries, keys and values."""
+    if units.head_rows not in units.key_value_rows:
+        return {units.head_rows: _elements(heads, head_dim)} | dict.fromkeys(
+            units.key_value_rows, _elements(groups, head_dim)
+        )
+    keys = sizes.attention_heads + groups
+    return {units.head_rows: _elements(torch.cat((heads, keys, keys + sizes.key_value_heads)), head_dim)}
 
 
 def remove_blocks(model: nn.Module, indices: Collection[int]) -> None:
@@ -160,7 +238,11 @@ def remove_blocks(model: nn.Module, indices: Collection[int]) -> None:
     # The list itself stays: forward and hooks hold on to it.
     for index in sorted(gone, reverse=True):
         del blocks[index]
-    _config(model).num_hidden_layers = len(blocks)
+    config = _config(model)
+    config.num_hidden_layers = len(blocks)
+    kept_experts = getattr(config, KEPT_KEY, None)
+    if kept_experts is not None:
+        setattr(config, KEPT_KEY, [each for index, each in enumerate(kept_experts) if index not in gone])
     settle_config(model)
 
 
@@ -176,10 +258,13 @@ def settle_config(model: nn.Module) -> None:
     """
     config, sizes = _config(model), block_sizes(model)
     config.num_hidden_layers = len(sizes)
-    channels = max(block.mlp_channels for block in sizes)
-    if channels != ordinary_sizes(config).mlp_channels:
-        config.intermediate_size = channels
-    if all(block == ordinary_sizes(config) for block in sizes):
+    if hasattr(config, "fit_ordinary_options"):
+        config.fit_ordinary_options(sizes)
+    else:
+        channels = max(block.mlp_channels for block in sizes)
+        if channels != ordinary_sizes(config).mlp_channels:
+            config.intermediate_size = channels
+    if sizes == ordinary_block_sizes(config):
         if hasattr(config, SIZES_KEY):
             delattr(config, SIZES_KEY)
     else:

@@ -32,6 +32,11 @@ class Units:
     ``head_dim`` rows of ``head_rows`` and columns of ``head_columns``; a key and value head as many rows of each of
     ``key_value_rows``. Elements of their biases go with the rows. Query head h reads key and value head
     ⌊h · key_value_heads / attention_heads⌋.
+
+    Where one Linear is named as ``head_rows`` and twice as ``key_value_rows``, it has the queries' rows first, then the
+    keys', then the values'. In a block with routed experts ``shared_rows`` and ``shared_columns`` are what
+    ``channel_rows`` and ``channel_columns`` are elsewhere: those of the expert that all tokens go to. Channels of
+    routed experts aren't removed.
     """
 
     channel_rows: tuple[str, ...]
@@ -39,6 +44,8 @@ class Units:
     head_rows: str
     key_value_rows: tuple[str, ...]
     head_columns: str
+    shared_rows: tuple[str, ...] = ()
+    shared_columns: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,16 @@ _QWEN_UNITS = Units(
     head_columns="self_attn.o_proj",
 )
 
+_LLADA2_UNITS = Units(
+    channel_rows=("mlp.gate_proj", "mlp.up_proj"),
+    channel_columns="mlp.down_proj",
+    head_rows="attention.query_key_value",
+    key_value_rows=("attention.query_key_value", "attention.query_key_value"),
+    head_columns="attention.dense",
+    shared_rows=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    shared_columns="mlp.shared_experts.down_proj",
+)
+
 _LLADA = DiffusionFamily("llada", ("llada", "mmada"), default_mask_token_id=126336)
 # LLaDA-MoE's official files say model_type "llada" too, but their vocabulary and mask token are others: 156895 as in
 # inclusionAI/dInfer and in the sampling code of the model card.
@@ -202,6 +219,7 @@ NATIVE_MODELS = [
         # The last one is dInfer's name for a checkpoint whose experts it has fused.
         architectures=("LLaDAMoEModelLM", "LLaDAMoEModel", "FusedLLaDAMoEModelLM"),
         vllm_model="llada_moe:LLaDAMoEModelLM",
+        units=_QWEN_UNITS,
         experts=Experts(),
     ),
     NativeModel(
@@ -213,6 +231,7 @@ NATIVE_MODELS = [
         architectures=("LLaDA2MoeModelLM",),
         # Its context is to be read block by block, which our scheduler doesn't do.
         vllm_model=None,
+        units=_LLADA2_UNITS,
         experts=Experts(rows=("mlp.gate.weight", "mlp.gate.expert_bias")),
     ),
     NativeModel(

@@ -19,6 +19,7 @@ __all__ = [
     "check_routing",
     "derived_head_width",
     "mark_formula",
+    "ordinary_block_sizes",
     "ordinary_sizes",
     "parse_sizes",
     "sizes_in_config",
@@ -35,11 +36,13 @@ _OPTIONS = frozenset(
     {
         *("n_layers", "n_heads", "n_kv_heads", "multi_query_attention", "mlp_hidden_size", "block_type"),
         *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_act"),
-        *("num_experts", "head_dim", SIZES_KEY, DENSE_KEY, KEPT_KEY),
+        *("num_experts", "first_k_dense_replace", "moe_layer_freq", "dense_intermediate_size", "head_dim"),
+        *(SIZES_KEY, DENSE_KEY, KEPT_KEY),
     }
 )
 
 _EXPERTS = "experts"
+_SHARED = "shared_channels"
 
 # Shown by official code as the name of an unknown formula, hence with what to do.
 _MARK = f" with {SIZES_KEY} (load it with sinkprune-plugin)"
@@ -53,16 +56,23 @@ class BlockSizes:
     :param attention_heads: query heads
     :param key_value_heads: key and value heads; divides ``attention_heads``
     :param experts: experts that a router chooses from; 0 in a block without
+    :param shared_channels: width of the expert that all tokens go to; 0 where there is none
     """
 
     mlp_channels: int
     attention_heads: int
     key_value_heads: int
     experts: int = 0
+    shared_channels: int = 0
+
+    @property
+    def common_channels(self) -> int:
+        """Channels that all tokens go through: of the MLP or of the shared expert; 0 where all experts are routed."""
+        return self.shared_channels if self.experts else self.mlp_channels
 
     def to_json(self) -> dict[str, int]:
-        """One entry of ``sinkprune_block_sizes``; only a block with experts says how many."""
-        return {name: value for name, value in asdict(self).items() if value or name != _EXPERTS}
+        """One entry of ``sinkprune_block_sizes``; only a block with experts has numbers of these."""
+        return {name: value for name, value in asdict(self).items() if value or name not in (_EXPERTS, _SHARED)}
 
 
 def ordinary_sizes(config: Any) -> BlockSizes:
@@ -78,16 +88,28 @@ def ordinary_sizes(config: Any) -> BlockSizes:
 def sizes_in_config(config: Any) -> list[BlockSizes]:
     """Sizes of each decoder block, by the configuration.
 
-    A configuration whose ordinary options don't say the same of all blocks has a method ``ordinary_block_sizes``.
+    A configuration whose ordinary options don't say the same of all blocks has a method ``ordinary_block_sizes``, and
+    ``fit_ordinary_options`` to make them say as much of other sizes as they can.
 
     :param config: configuration whose ordinary options have been checked
     :return: one entry per block
     :raises UsageError: if ``sinkprune_block_sizes`` isn't a valid list, naming the entry
     """
-    each = getattr(config, "ordinary_block_sizes", None)
-    ordinary = [ordinary_sizes(config)] * config.num_hidden_layers if each is None else each()
-    stored = getattr(config, SIZES_KEY, None)
+    ordinary, stored = ordinary_block_sizes(config), getattr(config, SIZES_KEY, None)
     return ordinary if stored is None else parse_sizes(stored, len(ordinary), ordinary)
+
+
+def ordinary_block_sizes(config: Any) -> list[BlockSizes]:
+    """What the ordinary options say of each decoder block.
+
+    :param config: see :func:`sizes_in_config`
+    :return: one entry per block, unchecked
+    """
+    each = getattr(config, "ordinary_block_sizes", None)
+    if each is None:
+        return [ordinary_sizes(config)] * config.num_hidden_layers
+    found: list[BlockSizes] = each()
+    return found
 
 
 def check_routing(config: Any) -> None:
@@ -123,10 +145,16 @@ def parse_sizes(stored: Any, blocks: int, largest: Sequence[BlockSizes] | None =
 
 def _entry(number: int, entry: Any, largest: BlockSizes | None) -> BlockSizes:
     where = f"{SIZES_KEY}[{number}]"
-    names = [field.name for field in fields(BlockSizes) if field.name != _EXPERTS]
+    names = [field.name for field in fields(BlockSizes) if field.name not in (_EXPERTS, _SHARED)]
     # Unknown where the ordinary options are: then an entry may say it or not.
     routed = largest.experts > 0 if largest is not None else isinstance(entry, Mapping) and _EXPERTS in entry
     names += [_EXPERTS] if routed else []
+    if isinstance(entry, Mapping) and _SHARED in entry and (largest is None or largest.shared_channels):
+        names.append(_SHARED)
+    elif isinstance(entry, Mapping) and largest is not None and largest.shared_channels:
+        # Where only experts were removed, entries needn't repeat it.
+        entry = {**entry, _SHARED: largest.shared_channels}
+        names.append(_SHARED)
     if not isinstance(entry, Mapping) or set(entry) != set(names):
         found = sorted(map(str, entry)) if isinstance(entry, Mapping) else entry
         raise _wrong(f"{where} must have the keys {', '.join(names)}, not {short(repr(found))}")

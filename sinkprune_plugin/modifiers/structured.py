@@ -12,7 +12,7 @@ from loguru import logger
 from pydantic import PrivateAttr
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.models.block_sizes import block_sizes
+from sinkprune_plugin.models.block_sizes import block_sizes, experts_in_block, unit_linears, units_of
 from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.base import Solver
 from sinkprune_plugin.modifiers.block_influence import blocks_that_stay, least_influential, skipped
@@ -120,11 +120,31 @@ class SinkAwareStructuredModifier(StructuredAllocation):
                     f"{name} has {len(amount)} values, but the model has {len(self._blocks)} decoder blocks; give one "
                     "value, or one value for each block"
                 )
+        self._refuse_missing_units(model)
         # Where nothing of a kind goes, its Linears are left alone.
         self._units = [unit for unit in units if self._ratio is not None or self._amount(unit)]
         self._widths = {unit.name: unit.group.kept(self._amount(unit)) for unit in self._units}
         self._targets = [unit.target for unit in self._units]
         self._blocks_left = blocks_that_stay(self.blocks, len(self._blocks))
+
+    def _refuse_missing_units(self, model: torch.nn.Module) -> None:
+        """Refuse amounts for blocks that have no such units, and budgets whose costs aren't known."""
+        routed = [experts_in_block(block, model.config) is not None for block in self._blocks]
+        names = units_of(model)
+        without = [index for index, block in enumerate(self._blocks) if "channels" not in unit_linears(block, names)]
+        amounts = self.mlp_channels if isinstance(self.mlp_channels, list) else []
+        wrong = [index for index in without if amounts and amounts[index]]
+        if wrong or (not amounts and self.mlp_channels and len(without) == len(self._blocks)):
+            where = f"decoder block {wrong[0]}" if wrong else "every decoder block"
+            raise UsageError(
+                f"mlp_channels: {where} has routed experts only, whose channels stay; give 0 there, and remove whole "
+                "experts with ExpertPruningModifier"
+            )
+        if any(routed) and self._ratio is not None and self.budget_of != "parameters":
+            raise UsageError(
+                f"budget_of {self.budget_of} isn't known for routed experts, of which each token takes a few; use "
+                "`budget_of: parameters`, or give shares instead of a budget"
+            )
 
     @property
     def blocks_left(self) -> int:
@@ -209,12 +229,13 @@ def _whole(*_pass: Any) -> contextlib.AbstractContextManager[None]:
 
 def _described(model: torch.nn.Module) -> str:
     sizes = block_sizes(model)
-    channels, heads = [each.mlp_channels for each in sizes], [each.attention_heads for each in sizes]
+    # None where all of a mixture's experts are routed.
+    channels = [each.common_channels for each in sizes if each.common_channels]
+    heads = [each.attention_heads for each in sizes]
     with disable_onloading():
         parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    return (
-        f"{len(sizes)} blocks of {_range(channels)} channels and {_range(heads)} heads, {parameters:.1f} M parameters"
-    )
+    what = f"{_range(channels)} channels and {_range(heads)} heads" if channels else f"{_range(heads)} heads"
+    return f"{len(sizes)} blocks of {what}, {parameters:.1f} M parameters"
 
 
 def _range(values: Sequence[int]) -> str:

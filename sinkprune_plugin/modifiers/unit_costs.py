@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from compressed_tensors.offload import disable_onloading
 
-from sinkprune_plugin.models.block_sizes import BlockSizes, block_sizes, units_of
+from sinkprune_plugin.models.block_sizes import BlockSizes, block_sizes, unit_linears, units_of
 from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
 from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.block_latency import time_blocks
@@ -49,14 +49,12 @@ def count_costs(
     :param tokens: None counts parameters; else the FLOPs of one token among so many: two for each weight of a Linear,
         and 4 · ``tokens`` · head width for each head's attention
     """
-    names, parts = units_of(model), dict(model.named_modules())
-    rows = {"channels": names.channel_rows, "heads": (names.head_rows, *names.key_value_rows)}
-    columns = {"channels": names.channel_columns, "heads": names.head_columns}
+    names, (_, blocks) = units_of(model), find_decoder_blocks(model)
     costs: dict[str, dict[int, float]] = {}
     with disable_onloading():
         for unit in units:
-            block = unit.name.removesuffix(columns[unit.kind])
-            writers = [parts[block + name] for name in rows[unit.kind]]
+            block = blocks[unit.block]
+            writers = [block.get_submodule(name) for name in unit_linears(block, names)[unit.kind][:-1]]
             # The bias of what reads the units stays.
             counted = unit.target.module.weight.numel() * (1 if tokens is None else 2)
             counted += sum(_count(each, tokens) for each in writers)
@@ -64,7 +62,7 @@ def count_costs(
                 counted += 4 * tokens * unit.target.module.in_features
             costs[unit.name] = {width: counted * width / unit.group.total for width in widths[unit.name]}
         sizes = block_sizes(model)
-        blocks, head_dim = find_decoder_blocks(model)[1], _head_dim(model)
+        head_dim = _head_dim(model)
         attention = [0 if tokens is None else 4 * tokens * each.attention_heads * head_dim for each in sizes]
         whole = _count(model, tokens) + sum(attention)
         removed = sum(_count(blocks[index], tokens) + attention[index] for index in gone)

@@ -7,7 +7,13 @@ import torch
 from compressed_tensors.utils import match_named_modules
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.models.block_sizes import block_sizes, require_own_weights, units_of
+from sinkprune_plugin.models.block_sizes import (
+    block_sizes,
+    experts_in_block,
+    require_own_weights,
+    unit_linears,
+    units_of,
+)
 from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
 from sinkprune_plugin.modifiers.routed_experts import refuse_routed_experts
 from sinkprune_plugin.modifiers.targets import PruningTarget
@@ -64,20 +70,21 @@ def resolve_units(
     units = units_of(model)
     name, blocks = find_decoder_blocks(model)
     ignored = {id(child) for _, module in match_named_modules(model, ignore) for child in module.modules()}
-    refuse_routed_experts(name, blocks, ignored)
+    # Routed experts of a native model stay as they are.
+    lists = [experts_in_block(block, model.config) for block in blocks]
+    refuse_routed_experts(name, blocks, ignored, {id(experts) for experts in lists if experts is not None})
     require_own_weights(model)
-    coupled: dict[UnitKind, tuple[str, ...]] = {
-        "heads": (units.head_rows, *units.key_value_rows, units.head_columns),
-        "channels": (*units.channel_rows, units.channel_columns),
-    }
     found = []
     for index, sizes in enumerate(block_sizes(model)):
         per_group = sizes.attention_heads // sizes.key_value_heads
         counts: dict[UnitKind, tuple[int, int]] = {
             "heads": (sizes.attention_heads, per_group),
-            "channels": (sizes.mlp_channels, 1),
+            "channels": (sizes.common_channels, 1),
         }
+        coupled = unit_linears(blocks[index], units)
         for kind, (total, together) in counts.items():
+            if kind not in coupled:
+                continue
             linears = [blocks[index].get_submodule(part) for part in coupled[kind]]
             if any(id(linear) in ignored for linear in linears):
                 continue

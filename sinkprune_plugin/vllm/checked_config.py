@@ -48,6 +48,8 @@ def check_shares(config: Any, ranks: int) -> None:
 def _undivided(block: Any, ranks: int) -> str:
     if block.mlp_channels % ranks:
         return f"{block.mlp_channels} MLP channels"
+    if block.shared_channels % ranks:
+        return f"{block.shared_channels} channels of the shared expert"
     if block.attention_heads % ranks:
         return f"{block.attention_heads} attention heads"
     # Fewer than ranks are repeated on several of them.

@@ -1,5 +1,6 @@
 """Configuration of LLaDA2 models, with the keys of the official ``config.json`` files."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -154,9 +155,21 @@ class LLaDA2MoeConfig(PreTrainedConfig):
         """What the ordinary options say of each layer; see :func:`sizes_in_config`."""
         heads, key_value_heads = self.num_attention_heads, self.num_key_value_heads
         dense = BlockSizes(self.intermediate_size, heads, key_value_heads)
-        routed = BlockSizes(self.moe_intermediate_size, heads, key_value_heads, self.num_experts)
+        routed = BlockSizes(self.moe_intermediate_size, heads, key_value_heads, self.num_experts, self.shared_channels)
         first = min(self.first_k_dense_replace, self.num_hidden_layers)
         return [dense] * first + [routed] * (self.num_hidden_layers - first)
+
+    def fit_ordinary_options(self, sizes: Sequence[BlockSizes]) -> None:
+        """Make the ordinary options say as much of other sizes as they can; see :func:`sizes_in_config`.
+
+        :param sizes: of each layer
+        """
+        dense, routed = ([each for each in sizes if bool(each.experts) is kind] for kind in (False, True))
+        self.first_k_dense_replace = len(dense)
+        if dense:
+            self.intermediate_size = max(each.mlp_channels for each in dense)
+        if routed:
+            self.num_experts = max(each.experts for each in routed)
 
     def check_supported(self) -> None:
         """Check that the native class computes what this configuration says.

@@ -35,8 +35,7 @@ class LLaDA2MoeAttention(nn.Module):
         self.head_dim = config.head_dim
         self.attention_dropout = config.attention_dropout
         q_width, kv_width = sizes.attention_heads * self.head_dim, sizes.key_value_heads * self.head_dim
-        self.widths = (q_width, kv_width, kv_width)
-        self.query_key_value = nn.Linear(config.hidden_size, sum(self.widths), bias=config.use_qkv_bias)
+        self.query_key_value = nn.Linear(config.hidden_size, q_width + 2 * kv_width, bias=config.use_qkv_bias)
         self.dense = nn.Linear(q_width, config.hidden_size, bias=config.use_bias)
         self.query_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.key_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -46,7 +45,10 @@ class LLaDA2MoeAttention(nn.Module):
     ) -> torch.Tensor:
         """Attention of one layer; arguments as in :meth:`DecoderLayer.forward`."""
         cos, sin = position_embeddings
-        q, k, v = self.query_key_value(hidden_states).split(self.widths, dim=-1)
+        projected = self.query_key_value(hidden_states)
+        # By the tensors, which may have lost heads: what isn't queries is keys and as many values.
+        q_width = self.dense.in_features
+        q, k, v = projected.tensor_split([q_width, (q_width + projected.shape[-1]) // 2], dim=-1)
         q = apply_rotary(self.query_layernorm(split_heads(q, self.head_dim)), cos, sin)
         k = apply_rotary(self.key_layernorm(split_heads(k, self.head_dim)), cos, sin)
         v = split_heads(v, self.head_dim)
@@ -75,7 +77,7 @@ class LLaDA2MoeDecoderLayer(DecoderLayer):
                 chosen_groups=config.topk_group,
                 scaling=config.routed_scaling_factor,
             )
-            mlp = MoELayer(router, width, channels, config.hidden_act, shared_channels=config.shared_channels)
+            mlp = MoELayer(router, width, channels, config.hidden_act, shared_channels=sizes.shared_channels)
         else:
             mlp = GatedMLP(width, channels, config.hidden_act)
         super().__init__(config, attention, mlp)

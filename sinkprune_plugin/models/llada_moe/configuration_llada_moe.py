@@ -1,5 +1,6 @@
 """Configuration of LLaDA-MoE models, with the keys of the official ``config.json`` files."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -149,6 +150,19 @@ class LLaDAMoEConfig(PreTrainedConfig):
         dense = BlockSizes(self.dense_intermediate_size, heads, key_value_heads)
         routed = BlockSizes(self.expert_intermediate_size, heads, key_value_heads, self.num_experts)
         return [routed if frequency else dense for frequency in self._layer_frequencies()]
+
+    def fit_ordinary_options(self, sizes: Sequence[BlockSizes]) -> None:
+        """Make the ordinary options say as much of other sizes as they can; see :func:`sizes_in_config`.
+
+        :param sizes: of each layer
+        """
+        dense, routed = ([each for each in sizes if bool(each.experts) is kind] for kind in (False, True))
+        if dense or self.moe_layer_freq is not None:
+            self.moe_layer_freq = [int(each.experts > 0) for each in sizes]
+        if dense:
+            self.dense_intermediate_size = max(each.mlp_channels for each in dense)
+        if routed:
+            self.num_experts = max(each.experts for each in routed)
 
     def check_supported(self) -> None:
         """Check that the native class computes what this configuration says.
