@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from fused_checkpoints import LAYOUTS, fuse
-from official_checkpoints import write_llada2, write_llada_moe
+from official_checkpoints import write_llada_moe
 from sparse_models import prune_2_of_4
 from tiny_moe import write_tiny_moe
 from vllm_engine import make_engine
@@ -136,12 +136,6 @@ def test_every_parameter_comes_from_the_checkpoint(experts, tmp_path, load):
 def test_options_that_are_not_computed(changes, words, tmp_path, load):
     write(tmp_path, **changes)
     with pytest.raises(UsageError, match=words):
-        load(tmp_path)
-
-
-def test_llada2_is_refused(tmp_path, load):
-    write_llada2(tmp_path)
-    with pytest.raises(ValueError, match=r"architectures \['LLaDA2MoeModelLM'\] are not supported"):
         load(tmp_path)
 
 

@@ -88,7 +88,7 @@ class Worker:
         tokens = []
         for name, scheduled in output.num_scheduled_tokens.items():
             request, computed = self.requests[name], self.computed[name]
-            query = request.query(computed)
+            query = request.query(computed, scheduled)
             assert scheduled == query.tokens
             assert len(output.scheduled_spec_decode_tokens.get(name, ())) == query.canvas
             emitted = request.predict(query) if request.fixed else (emit or {}).get(name, 0)

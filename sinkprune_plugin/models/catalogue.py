@@ -229,8 +229,7 @@ NATIVE_MODELS = [
         config="llada2_moe.configuration_llada2_moe:LLaDA2MoeConfig",
         model="llada2_moe.modeling_llada2_moe:LLaDA2MoeModelLM",
         architectures=("LLaDA2MoeModelLM",),
-        # Its context is to be read block by block, which our scheduler doesn't do.
-        vllm_model=None,
+        vllm_model="llada2_moe:LLaDA2MoeModelLM",
         units=_LLADA2_UNITS,
         experts=Experts(rows=("mlp.gate.weight", "mlp.gate.expert_bias")),
     ),

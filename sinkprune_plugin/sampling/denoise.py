@@ -7,7 +7,7 @@ block, where it is exact: "Block Diffusion" (arXiv 2503.09573), algorithm 2.
 
 import inspect
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -131,13 +131,13 @@ def denoise(
     if return_trajectory:
         output.trajectory = [torch.empty(0)] * len(prompts)
     device = input_device(model)
-    total = sum(len(_at(options, length, spec).blocks) for length in groups)
+    total = sum(len(options.after_prompt(length, spec).blocks) for length in groups)
     with (
         evaluation_mode(model),
         tqdm(total=total, desc="denoising", unit="block", disable=None if progress else True) as bar,
     ):
         for length, numbers in groups.items():
-            own = _at(options, length, spec)
+            own = options.after_prompt(length, spec)
             batch = DenoisingBatch(
                 model,
                 torch.stack([prompts[number].to(device) for number in numbers]),
@@ -156,16 +156,3 @@ def denoise(
                 if return_trajectory:
                     output.trajectory[number] = torch.stack(batch.trajectories[row])
     return output
-
-
-def _at(options: SamplingOptions, prompt_length: int, spec: DiffusionSpec) -> SamplingOptions:
-    """The options of a generation that begins where a prompt ends.
-
-    Blocks are counted from there, except where context tokens see each other block by block (LLaDA2): then they lie on
-    a grid over prompt and generation, as in the published sampler, and the first one may begin within the prompt.
-    """
-    if spec.context != "block_causal" or spec.block_length is None:
-        return options
-    # A generation that is shorter than a block doesn't make the model's blocks shorter.
-    block = spec.block_length if options.block_length == options.gen_length else options.block_length
-    return replace(options, block_length=block, offset=prompt_length % block)

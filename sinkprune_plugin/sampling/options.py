@@ -5,7 +5,7 @@ import math
 import re
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from sinkprune_plugin.diffusion import DiffusionSpec
@@ -51,8 +51,9 @@ class SamplingOptions:
         (n + 1) (1 - c_n) < f, instead of a fixed number in each step
     :param early_stop: end a block as soon as an end-of-sequence token and all before it are unmasked; the text, which
         ends there, is the same
-    :param offset: tokens of the first block that the prompt ends with, for models whose blocks lie on a grid over
-        prompt and generation; the narrow block that this leaves may add a step
+    :param on_grid: blocks lie on a grid over prompt and generation, see :meth:`after_prompt`
+    :param offset: tokens of the first block that the prompt ends with, 0 off the grid; the narrow block that this
+        leaves may add a step
     :param cfg_scale: scale of classifier-free guidance; 0 is off
     :param seed: of the noise, 0 to 2^63 - 1
     :param top_k: 0 for all tokens
@@ -72,7 +73,33 @@ class SamplingOptions:
     top_p: float = 1.0
     factor: float | None = None
     early_stop: bool = False
+    on_grid: bool = False
     offset: int = 0
+
+    def after_prompt(self, prompt_length: int, spec: DiffusionSpec) -> "SamplingOptions":
+        """The options of a generation that begins where a prompt ends.
+
+        Blocks are counted from there, except where context tokens see each other block by block (LLaDA2): then they
+        lie on a grid over prompt and generation, as in the published sampler, and the first one may begin within the
+        prompt.
+
+        :param prompt_length: tokens of the prompt
+        :param spec: the model's diffusion spec
+        """
+        if spec.context != "block_causal" or spec.block_length is None:
+            return self
+        # A generation that is shorter than a block doesn't make the model's blocks shorter.
+        block = spec.block_length if self.block_length == self.gen_length else self.block_length
+        return replace(self, block_length=block, on_grid=True, offset=prompt_length % block)
+
+    def open_block(self, done: int) -> tuple[int, int, int]:
+        """The block that is open once so many tokens are generated.
+
+        :param done: tokens of finished blocks
+        :return: its number, its tokens before these (of the prompt), and its tokens after them, 0 at the end
+        """
+        number, before = divmod(done + self.offset, self.block_length)
+        return number, before, min(self.block_length - before, self.gen_length - done)
 
     @property
     def fixed_steps(self) -> bool:

@@ -4,8 +4,11 @@ import functools
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+
 from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.models.catalogue import ARCHITECTURES
+from sinkprune_plugin.vllm.block_causal import block_of, set_pages
 from sinkprune_plugin.vllm.checked_config import check_config
 from sinkprune_plugin.vllm.memory_defaults import (
     LONGEST_CANVAS,
@@ -73,8 +76,10 @@ def _watch_arguments() -> None:
 def limit_context(model_config: Any) -> None:
     """Limit the default length of prompt and answer together: a step runs all of it, so it sizes every batch.
 
-    :param model_config: vLLM's ``ModelConfig``, changed in place unless it names a length
+    :param model_config: vLLM's ``ModelConfig``, changed in place unless it names a length or a prompt can be split
     """
+    if block_of(resolve_diffusion(model_config.hf_config)) is not None:
+        return
     if model_config.original_max_model_len in (None, -1) and model_config.max_model_len > LONGEST_CONTEXT:
         _logger().info(
             "max_model_len %d, where the model's configuration has %d: a denoising step runs prompt and answer at "
@@ -98,7 +103,8 @@ def configure(vllm_config: Any) -> None:
     _refuse(vllm_config)
     canvas = _set_canvas(vllm_config)
     _set_requests(vllm_config, canvas)
-    _set_scheduling(vllm_config)
+    _set_scheduler(vllm_config)
+    _set_prompts(vllm_config, canvas)
     if current_platform.is_cpu():
         set_cache(vllm_config)
     vllm_config.attention_config.use_non_causal = True
@@ -198,47 +204,89 @@ def _set_requests(vllm_config: Any, canvas: int) -> None:
         )
 
 
-def _set_scheduling(vllm_config: Any) -> None:
-    logger = _logger()
-    model, scheduler, cache = vllm_config.model_config, vllm_config.scheduler_config, vllm_config.cache_config
-    if cache.enable_prefix_caching:
-        logger.info("prefix caching is off: the keys and values of a prompt depend on its answer's canvas")
-    cache.enable_prefix_caching = False
+def _set_scheduler(vllm_config: Any) -> None:
+    logger, scheduler = _logger(), vllm_config.scheduler_config
     if scheduler.scheduler_cls not in (None, SCHEDULER):
         logger.warning("--scheduler-cls %s is replaced by %s", scheduler.scheduler_cls, SCHEDULER)
     scheduler.scheduler_cls = SCHEDULER
-    if scheduler.enable_chunked_prefill or scheduler.long_prefill_token_threshold:
-        # A part of a bidirectional query would be a different computation, so whole requests wait instead.
-        logger.info("chunked prefill is off: a denoising step isn't split")
-    scheduler.enable_chunked_prefill = False
-    scheduler.long_prefill_token_threshold = 0
     if scheduler.async_scheduling is not False:
         # vLLM switches it off where the platform or the executor can't, after this hook.
         logger.info(
             "asynchronous scheduling is for requests with a fixed number of steps; the others wait for each step's "
             "result; --no-async-scheduling switches it off"
         )
+
+
+def _set_prompts(vllm_config: Any, canvas: int) -> None:
+    """Whether prompts are split and their keys are shared, which a block-causal context alone allows."""
+    from vllm.platforms import current_platform
+
+    logger = _logger()
+    model, scheduler, cache = vllm_config.model_config, vllm_config.scheduler_config, vllm_config.cache_config
+    block = block_of(resolve_diffusion(model.hf_config))
+    if block is not None:
+        set_pages(cache, block, cpu=current_platform.is_cpu(), log=logger)
+        if scheduler.long_prefill_token_threshold:
+            logger.info("long_prefill_token_threshold is off: a prompt is split where max_num_batched_tokens end")
+        # vLLM's warm-up runs one token more than the canvas at once.
+        least = max(block, canvas + 1)
+        reason = f"one more than canvas_length, or a block of {block}"
+    else:
+        if cache.enable_prefix_caching:
+            logger.info("prefix caching is off: the keys and values of a prompt depend on its answer's canvas")
+        cache.enable_prefix_caching = False
+        if scheduler.enable_chunked_prefill or scheduler.long_prefill_token_threshold:
+            # A part of a bidirectional query would be a different computation, so whole requests wait instead.
+            logger.info("chunked prefill is off: a denoising step isn't split")
+        scheduler.enable_chunked_prefill = False
+        least, reason = model.max_model_len, "max_model_len: a denoising step isn't split"
+    scheduler.long_prefill_token_threshold = 0
     for name in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
         budget = getattr(scheduler, name, None)
-        if budget is not None and budget < model.max_model_len:
-            logger.info("%s raised from %d to max_model_len %d: a denoising step isn't split", name, budget,
-                        model.max_model_len)  # fmt: skip
-            setattr(scheduler, name, model.max_model_len)
+        if budget is not None and budget < least:
+            logger.info("%s raised from %d to %d, %s", name, budget, least, reason)
+            setattr(scheduler, name, least)
 
 
 def _set_attention(vllm_config: Any) -> None:
-    """Choose a backend that takes causality request by request, for models with a causal context and open blocks."""
+    """Choose a backend that can do what a context of blocks needs.
+
+    With a causal context, causality request by request. With a block-causal one, more sequences than there are
+    requests: FlashInfer and FlexAttention have buffers for ``max_num_seqs``.
+    """
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    if resolve_diffusion(vllm_config.model_config.hf_config).context != "causal":
+    context = resolve_diffusion(vllm_config.model_config.hf_config).context
+    if context == "bidirectional":
         return
-    attention = vllm_config.attention_config
-    if attention.backend == AttentionBackendEnum.FLASHINFER:
+    attention, backends = vllm_config.attention_config, AttentionBackendEnum
+    reasons = {
+        "causal": "mixes causal and bidirectional attention in a batch, which {} doesn't",
+        "block_causal": "reads the blocks of a prompt as sequences of their own, more than {} has room for",
+    }
+    if attention.backend == backends.FLASHINFER or (
+        context == "block_causal" and attention.backend == backends.FLEX_ATTENTION
+    ):
         raise ValueError(
-            f"{vllm_config.model_config.architecture} mixes causal and bidirectional attention in a batch, which "
-            "FlashInfer doesn't; use --attention-backend TRITON_ATTN or FLASH_ATTN"
+            f"{vllm_config.model_config.architecture} {reasons[context].format(attention.backend.name)}; use "
+            "--attention-backend TRITON_ATTN or FLASH_ATTN"
         )
+    if context == "block_causal":
+        if attention.backend is None and current_platform.is_cuda():
+            # vLLM would choose FlashInfer in some cases.
+            flash = (
+                vllm_config.model_config.dtype != torch.float32
+                and vllm_config.cache_config.cache_dtype == "auto"
+                and current_platform.has_device_capability(80)
+            )
+            attention.backend = backends.FLASH_ATTN if flash else backends.TRITON_ATTN
+            _logger().info(
+                "attention backend %s: the blocks of a prompt are more sequences than FlashInfer has room for; "
+                "--attention-backend sets another",
+                attention.backend.name,
+            )
+        return
     if attention.backend is None and current_platform.is_cuda() and not current_platform.has_device_capability(90):
         # vLLM picks FlashAttention 4 from there on; earlier versions have one causality for the whole batch.
         attention.backend = AttentionBackendEnum.TRITON_ATTN

@@ -22,6 +22,7 @@ from sinkprune_plugin.sampling.batch_state import DeviceBatch
 from sinkprune_plugin.sampling.batch_table import Column
 from sinkprune_plugin.vllm.host_kernels import replace_kernels
 from sinkprune_plugin.vllm.logit_shift import BoundaryStates, StateKeeper
+from sinkprune_plugin.vllm.query_cuts import DeviceCuts
 from sinkprune_plugin.vllm.request_plan import has_plan, plan_of
 from sinkprune_plugin.vllm.sampler import DenoisingSampler
 from sinkprune_plugin.vllm.step_plan import BatchLayout, SlotTable
@@ -54,6 +55,8 @@ class DenoisingModelState(ModelState):
         self._batch: DeviceBatch | None = None
         # Positions after each query that attention must see as well; None if there are none.
         self._hidden_suffix: np.ndarray[Any, np.dtype[np.int64]] | None = None
+        # The queries of the step in parts, where a block-causal context is read.
+        self._cuts: DeviceCuts | None = None
         self._keep: StateKeeper | None = None
         # Which requests' tokens see only what comes before them. Kept, since graphs remember where it is; int32, which
         # is what FlashAttention asks for.
@@ -134,11 +137,17 @@ class DenoisingModelState(ModelState):
         parts = [plan.table.ravel(), plan.row_request, plan.needs.filtered]
         if self._boundary is not None:
             parts += self._boundary.plan(layout, plan.table)
+        if plan.cuts is not None:
+            parts += [plan.cuts.request, plan.cuts.starts, plan.cuts.ends]
         # One copy to the device; everything below is a view of it.
         lengths = [len(part) for part in parts]
         packed = async_tensor_h2d(np.concatenate(parts), device=self.device).split(lengths)
         self._batch = DeviceBatch(packed[0].view(num_reqs, len(Column)), packed[1], packed[2])
         self._keep = None if self._boundary is None else StateKeeper(self._boundary.states, packed[3], packed[4])
+        self._cuts = None
+        if plan.cuts is not None:
+            request, starts, ends = packed[-3:]
+            self._cuts = DeviceCuts(plan.cuts, request, starts.to(torch.int32), ends.to(torch.int32))
         self._sampler.begin(self._batch, plan.needs)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:  # noqa: ARG002
@@ -148,7 +157,7 @@ class DenoisingModelState(ModelState):
         :param req_states: not used
         :return: further arguments of the model's forward
         """
-        keep, self._keep, self._hidden_suffix = self._keep, None, None
+        keep, self._keep, self._hidden_suffix, self._cuts = self._keep, None, None, None
         return {} if keep is None else {"shift": keep}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:  # noqa: ARG002
@@ -196,7 +205,8 @@ class DenoisingModelState(ModelState):
         """Attention in both directions; for cache ``dual`` also over the kept positions after the block.
 
         A model with a causal context has it in both directions in an open block only: a prompt is read causally, and so
-        is a finished block, once more, for the keys and values that are kept of it.
+        is a finished block, once more, for the keys and values that are kept of it. A block-causal context is read in
+        both directions block by block, each as a sequence of its own to the attention backend.
 
         :param input_batch: the batch
         :param cudagraph_mode: never FULL, see the config hook
@@ -211,19 +221,27 @@ class DenoisingModelState(ModelState):
         assert cudagraph_mode != CUDAGraphMode.FULL
         assert ubatch_idx == 0
         num_reqs = input_batch.num_reqs
+        starts, starts_cpu = input_batch.query_start_loc, torch.from_numpy(input_batch.query_start_loc_np)
         seq_lens, upper_bound = input_batch.seq_lens, input_batch.seq_lens_cpu_upper_bound
+        widest = int(input_batch.num_scheduled_tokens.max())
         if not for_capture and self._hidden_suffix is not None and self._batch is not None:
             seq_lens = seq_lens.clone()
             seq_lens[:num_reqs] += self._batch.column(Column.HIDDEN_SUFFIX)
             upper_bound = upper_bound.clone()
             upper_bound[:num_reqs] += torch.from_numpy(self._hidden_suffix)
+        cuts = None if for_capture else self._cuts
+        if cuts is not None:
+            num_reqs, widest = len(cuts.host.request), cuts.host.widest
+            starts, starts_cpu = cuts.starts, torch.from_numpy(cuts.host.starts.astype(np.int32))
+            seq_lens, upper_bound = cuts.ends, torch.from_numpy(cuts.host.ends.astype(np.int32))
+            block_tables = tuple(table[cuts.request] for table in block_tables)
         return build_attn_metadata(
             attn_groups=attn_groups,
             num_reqs=num_reqs,
             num_tokens=input_batch.num_tokens,
-            query_start_loc_gpu=input_batch.query_start_loc[: num_reqs + 1],
-            query_start_loc_cpu=torch.from_numpy(input_batch.query_start_loc_np[: num_reqs + 1]),
-            max_query_len=int(input_batch.num_scheduled_tokens.max()),
+            query_start_loc_gpu=starts[: num_reqs + 1],
+            query_start_loc_cpu=starts_cpu[: num_reqs + 1],
+            max_query_len=widest,
             seq_lens=seq_lens,
             max_seq_len=self.max_model_len if for_capture else int(upper_bound[:num_reqs].max()),
             block_tables=block_tables,

@@ -58,8 +58,13 @@ class RequestProgress:
 
     @property
     def width(self) -> int:
-        """Tokens of the open block; 0 if nothing is left to generate."""
-        return min(self.options.block_length, self.options.gen_length - self.emitted)
+        """Tokens of the open block that are generated; 0 if nothing is left to generate."""
+        return self.options.open_block(self.emitted)[2]
+
+    @property
+    def opened(self) -> int:
+        """Position at which the open block begins, before :attr:`start` where the prompt has a part of it."""
+        return self.start - self.options.open_block(self.emitted)[1]
 
     def restart(self, emitted: int) -> None:
         """Begin the open block anew, for a request that is new or was preempted.
@@ -68,24 +73,40 @@ class RequestProgress:
         """
         self.emitted, self.steps = emitted, 0
 
-    def query(self, computed: int) -> Query:
+    def query(self, computed: int, budget: int) -> Query:
         """The next step.
 
         :param computed: positions whose keys and values are kept
-        :return: what to run; no tokens if nothing is left to generate
+        :param budget: positions that may be run; what can't be split is returned whole
+        :return: what to run; no tokens if nothing is left to generate, or if the budget isn't enough for a block of the
+            context
         """
         block, cache = self.width, self.options.cache
         if not block:
             return Query(0, 0, 0)
-        if cache == "commit" and computed < self.start:
-            # The prompt and each finished block by themselves, as they were run at first: with a prompt that doesn't
-            # see them, and blocks that don't see later ones.
-            behind = (computed - self.prompt) % self.options.block_length
-            end = self.prompt if computed < self.prompt else computed + self.options.block_length - behind
-            return Query(min(end, self.start) - computed, 0, 0)
         whole = cache in ("none", "prefix") or (cache == "dual" and computed == 0)
         canvas = self.options.gen_length - self.emitted if whole else block
-        return Query(self.start + canvas - computed, canvas, block)
+        step = Query(self.start + canvas - computed, canvas, block)
+        if cache != "commit" or computed >= self.opened:
+            return step
+        if not self.options.on_grid:
+            return Query(self._replayed(computed), 0, 0)
+        # Each block of the query is cut out by itself, see QueryCuts, so any number of them can be run at once.
+        if step.tokens <= budget:
+            return step
+        length = self.options.block_length
+        end = min(self.opened, (computed + budget) // length * length)
+        return Query(max(end - computed, 0), 0, 0)
+
+    def _replayed(self, computed: int) -> int:
+        """Positions of the next part of a context off the grid.
+
+        The prompt and each finished block by themselves, as they were run at first: with a prompt that doesn't see
+        them, and blocks that don't see later ones.
+        """
+        behind = (computed - self.prompt) % self.options.block_length
+        end = self.prompt if computed < self.prompt else computed + self.options.block_length - behind
+        return min(end, self.start) - computed
 
     def predict(self, query: Query) -> int:
         """Count a step of a request whose number of steps is fixed.
@@ -96,7 +117,7 @@ class RequestProgress:
         if not query.canvas:
             return 0
         self.steps += 1
-        block = self.emitted // self.options.block_length
+        block = self.options.open_block(self.emitted)[0]
         # A finished block is run once more for its keys and values, unless none follows.
         commits = self.options.cache == "commit" and self.emitted + query.block < self.options.gen_length
         if self.steps < self.options.steps_in_block(block) + commits:
@@ -113,8 +134,8 @@ class RequestProgress:
         """
         if not query.canvas:
             return computed + query.tokens
-        start = self.start
+        opened = self.opened
         if emitted:
             self.restart(self.emitted + emitted)
             return self.start if self.options.cache == "commit" else 0
-        return 0 if self.options.cache == "none" else start
+        return 0 if self.options.cache == "none" else opened

@@ -12,6 +12,7 @@ from sinkprune_plugin.diffusion import DiffusionSpec, resolve_diffusion
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.catalogue import ARCHITECTURES
 from sinkprune_plugin.sampling.options import SamplingOptions, parse_options
+from sinkprune_plugin.vllm.block_causal import block_of, cache_salt
 from sinkprune_plugin.vllm.request_plan import attach_plan
 
 __all__ = ["check_request", "install_validation"]
@@ -102,10 +103,18 @@ def _resolve(processor: Any, request: Any, asked: dict[str, Any]) -> None:
     except UsageError as error:
         raise VLLMValidationError(str(error)) from error
     attach_plan(params, options)
+    _keep_apart(request, options, processor.vllm_config.cache_config, spec)
     # Nothing is left to denoise after the generation, so a request must not wait for more tokens.
     params.max_tokens = min(params.max_tokens, options.gen_length)
     # Each of n samples is given its own seed by vLLM, counted from this one.
     params.seed = options.seed
+
+
+def _keep_apart(request: Any, options: SamplingOptions, cache: Any, spec: DiffusionSpec) -> None:
+    """See to it that the prefix cache gives a request keys of blocks like its own only."""
+    request.cache_salt = cache_salt(request.cache_salt, options.block_length, block_of(spec))
+    if options.on_grid and cache.block_size % options.block_length:
+        request.sampling_params.skip_reading_prefix_cache = True
 
 
 def check_request(params: Any) -> dict[str, Any]:
@@ -170,4 +179,4 @@ def resolve_options(
             f"{what} {options.gen_length} after a prompt of {prompt_length} tokens is longer than max_model_len "
             f"{max_model_len}; ask for at most {max_model_len - prompt_length}"
         )
-    return options
+    return options if spec is None else options.after_prompt(prompt_length, spec)

@@ -80,7 +80,7 @@ class DenoisingScheduler(Scheduler):
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """Schedule one step; a request whose whole query doesn't fit waits for the next one.
+        """Schedule one step; a request whose query doesn't fit and can't be split waits for the next one.
 
         :param throttle_prefills: as in vLLM
         :return: the step
@@ -90,7 +90,7 @@ class DenoisingScheduler(Scheduler):
         return super().schedule(throttle_prefills)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:  # noqa: ARG002
-        """How many tokens of a request are run: a whole step's, or none."""
+        """How many tokens of a request are run: a whole step's, whole blocks of a context, or none."""
         progress = self._progress[request]
         if request.status != RequestStatus.RUNNING:
             progress.restart(request.num_output_tokens)
@@ -99,7 +99,7 @@ class DenoisingScheduler(Scheduler):
         elif progress.emitted >= request.max_tokens:
             # Its last tokens are on their way.
             return 0
-        tokens, _, rows = progress.query(num_computed_tokens)
+        tokens, _, rows = progress.query(num_computed_tokens, self._tokens_left)
         # Half of a bidirectional query would be a different computation, not a part of this one.
         if tokens > self._tokens_left or rows > self._rows_left:
             return 0
@@ -109,7 +109,8 @@ class DenoisingScheduler(Scheduler):
 
     def _allocate_whole(self, request: Request, num_new_tokens: int, **options: Any) -> KVCacheBlocks | None:
         """Reserve pages for prompt and generation with the first step, so that nobody is admitted to be preempted."""
-        ahead = self._progress[request].length - request.num_computed_tokens - num_new_tokens
+        found = options.get("num_new_computed_tokens", 0)
+        ahead = self._progress[request].length - request.num_computed_tokens - found - num_new_tokens
         return self._allocate(request, num_new_tokens, **{**options, "num_lookahead_tokens": max(ahead, 0)})
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
@@ -119,7 +120,7 @@ class DenoisingScheduler(Scheduler):
         for name in scheduler_output.num_scheduled_tokens:
             request = self.requests[name]
             progress, computed = self._progress[request], request.num_computed_tokens
-            query = progress.query(computed)
+            query = progress.query(computed, scheduler_output.num_scheduled_tokens[name])
             if query.canvas:
                 # Typed as lists; see the contract.
                 canvas: Any = range(query.canvas)

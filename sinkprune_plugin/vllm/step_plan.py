@@ -10,8 +10,13 @@ cache      query of a step                              computed after a step   
 none       [0, P + G)                                   0                       0
 prefix     first of a block [0, P + G), then [start, )   start                   0
 dual       first of a block [0, P + G), then the block  start                   0
-commit     the block; once more when it is finished     start                   start + width
+commit     the block; once more when it is finished     opened                  start + width
 =========  ===========================================  ======================  =========================
+
+A block begins at ``opened``, which is ``start`` unless blocks lie on a grid over prompt and generation: then the first
+one may begin within the prompt, and its tokens there are run with it. Such a request's context is block-causal, and
+its queries are cut into blocks (:mod:`~sinkprune_plugin.vllm.query_cuts`), so any blocks of the context may be run
+before the open one in one query.
 """
 
 from dataclasses import dataclass
@@ -23,6 +28,7 @@ from sinkprune_plugin.sampling.batch_table import Column, floats_of
 from sinkprune_plugin.sampling.batched import StepNeeds
 from sinkprune_plugin.sampling.options import CACHES, REMASKINGS, SamplingOptions
 from sinkprune_plugin.sampling.tokens import Needs
+from sinkprune_plugin.vllm.query_cuts import QueryCuts, cut_queries
 
 __all__ = ["BatchLayout", "SlotTable", "StepPlan"]
 
@@ -55,11 +61,13 @@ class StepPlan:
     :param table: (num_reqs, columns) int64, see :class:`~sinkprune_plugin.sampling.batch_table.Column`
     :param row_request: (N,) int64, each row's request
     :param needs: what the sampler must know on the host
+    :param cuts: the queries cut into blocks; None if none is
     """
 
     table: np.ndarray[tuple[int, int], np.dtype[np.int64]]
     row_request: Ints
     needs: StepNeeds
+    cuts: QueryCuts | None
 
     @property
     def hidden_suffix(self) -> Ints:
@@ -79,6 +87,10 @@ class SlotTable:
         self.prompt_length = np.zeros(slots, np.int64)
         self.gen_length = np.ones(slots, np.int64)
         self.block_length = np.ones(slots, np.int64)
+        # Block length of those whose blocks lie on a grid over prompt and generation, 0 of the others, and the tokens
+        # of the prompt that the first block begins with.
+        self.cut = np.zeros(slots, np.int64)
+        self.grid_offset = np.zeros(slots, np.int64)
         self.cache = np.zeros(slots, np.int64)
         # How many tokens a step unmasks depends on what the model says.
         self.dynamic = np.zeros(slots, bool)
@@ -100,6 +112,8 @@ class SlotTable:
         self.prompt_length[slot] = prompt_length
         self.gen_length[slot] = options.gen_length
         self.block_length[slot] = options.block_length
+        self.cut[slot] = options.block_length if options.on_grid else 0
+        self.grid_offset[slot] = options.offset
         self.cache[slot] = CACHES.index(options.cache)
         self.dynamic[slot] = options.threshold is not None or options.factor is not None
         fixed = self.fixed[slot]
@@ -140,8 +154,8 @@ class SlotTable:
         # Requests that vLLM warms up with run past their generation; they stay within their canvas.
         offset = np.clip(start - prompt, 0, generation - 1)
         length = self.block_length[slots]
-        block = offset // length
-        width = np.minimum(np.minimum(length, generation - offset), canvas)
+        block, before = np.divmod(offset + self.grid_offset[slots], length)
+        width = np.minimum(np.minimum(length - before, generation - offset), canvas)
         opened = self.block_start[slots] != start
         step = np.where(opened, 0, self.step_in_block[slots])
         masked = np.where(opened, width, self.masked[slots])
@@ -163,9 +177,11 @@ class SlotTable:
         table[:, Column.COUNT] = count
         table[:, Column.NOISE_STEP] = offset + step
         table[:, Column.START] = start
-        # To compute everything again, all of it is rejected; to keep what lies before the canvas, the canvas is.
+        # To compute everything again, all of it is rejected; to keep what lies before the canvas, the canvas is, with
+        # what belongs to its block before it.
+        opened = np.where(cache == COMMIT, before, 0)
         table[:, Column.REJECTED] = np.where(
-            denoises, np.where(cache == NONE, end, canvas), np.where(cache == COMMIT, 0, end)
+            denoises, np.where(cache == NONE, end, canvas + opened), np.where(cache == COMMIT, 0, end)
         )
         table[:, Column.REJECTED_FINISHED] = np.where(cache == COMMIT, canvas - width, end)
         table[:, Column.IS_LAST] = offset + width >= generation
@@ -173,7 +189,8 @@ class SlotTable:
             (cache == DUAL) & denoises, np.maximum(prompt + generation - end, 0), 0
         )
         row_request = np.repeat(np.arange(len(slots)), rows)
-        return StepPlan(table, row_request, self._needs(table, row_request, int(width.max(initial=0))))
+        needs = self._needs(table, row_request, int(width.max(initial=0)))
+        return StepPlan(table, row_request, needs, cut_queries(batch.computed, batch.query, self.cut[slots]))
 
     def _needs(self, table: Ints, row_request: Ints, widest: int) -> StepNeeds:
         floats = floats_of(table)

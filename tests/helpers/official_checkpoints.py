@@ -268,8 +268,11 @@ def write_llada_moe(folder, *, seed=0, drop=(), experts=None, **changes):
     return _write(folder, config, shapes, ("configuration_lladamoe.py", "modeling_lladamoe.py"), seed)
 
 
-def write_llada2(folder, *, seed=0, drop=(), **changes):
-    """Write a LLaDA2 checkpoint; ``changes`` are keys of config.json, ``drop`` are keys to leave out."""
+def write_llada2(folder, *, seed=0, drop=(), experts=None, **changes):
+    """Write a LLaDA2 checkpoint; ``changes`` are keys of config.json, ``drop`` are keys to leave out.
+
+    ``experts`` gives each layer a number of its own, 0 to a dense one, which config.json says as after expert pruning.
+    """
     config = {
         "architectures": ["LLaDA2MoeModelLM"],
         "attention_dropout": 0.0,
@@ -344,10 +347,11 @@ def write_llada2(folder, *, seed=0, drop=(), **changes):
         if i < config["first_k_dense_replace"]:
             mlp(f"{layer}.mlp", config["intermediate_size"])
         else:
-            shapes[f"{layer}.mlp.gate.weight"] = (config["num_experts"], width)
+            count = experts[i] if experts else config["num_experts"]
+            shapes[f"{layer}.mlp.gate.weight"] = (count, width)
             # Standard deviation 0.1, of the size of differences between the sigmoid scores: it changes choices.
-            shapes[f"{layer}.mlp.gate.expert_bias"] = (config["num_experts"],)
-            for j in range(config["num_experts"]):
+            shapes[f"{layer}.mlp.gate.expert_bias"] = (count,)
+            for j in range(count):
                 mlp(f"{layer}.mlp.experts.{j}", config["moe_intermediate_size"])
             if config["num_shared_experts"]:
                 mlp(f"{layer}.mlp.shared_experts", config["num_shared_experts"] * config["moe_intermediate_size"])
@@ -355,6 +359,12 @@ def write_llada2(folder, *, seed=0, drop=(), **changes):
         shapes[f"{layer}.post_attention_layernorm.weight"] = (width,)
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], width)
+    if experts:
+        sizes = {"attention_heads": heads, "key_value_heads": kv_heads}
+        dense = {"mlp_channels": config["intermediate_size"], **sizes}
+        routed = {"mlp_channels": config["moe_intermediate_size"], **sizes}
+        config["sinkprune_block_sizes"] = [{**routed, "experts": count} if count else dense for count in experts]
+        config["hidden_act"] += " with sinkprune_block_sizes (load it with sinkprune-plugin)"
     for key in drop:
         del config[key]
     return _write(folder, config, shapes, ("configuration_llada2_moe.py", "modeling_llada2_moe.py"), seed)

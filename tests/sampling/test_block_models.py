@@ -122,7 +122,8 @@ def test_blocks_on_a_grid_over_prompt_and_generation(write, plain, mask, length,
     config, tensors = write(tmp_path)
     model = load_model(tmp_path, torch.float32)
     resolved = SamplingOptions.resolve(gen_length=gen_length, block_length=min(4, gen_length), **options)
-    own = replace(resolved, block_length=4, offset=length % 4)
+    own = replace(resolved, block_length=4, on_grid=True, offset=length % 4)
+    assert resolved.after_prompt(length, resolve_diffusion(model.config)) == own
 
     def logits(x, begin, end, step):
         result = plain(tensors, config, x[0, :end], block_visible(end, 4))

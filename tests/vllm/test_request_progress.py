@@ -2,14 +2,18 @@
 
 import pytest
 
+from sinkprune_plugin.diffusion import DiffusionFamily, DiffusionSpec
 from sinkprune_plugin.sampling.options import SamplingOptions
 from sinkprune_plugin.vllm.request_progress import RequestProgress
 
+BLOCK_CAUSAL = DiffusionSpec(DiffusionFamily("toy", ("toy",), context="block_causal", block_key="length"), 2, 88, 8)
 
-def story(progress, computed=0):
+
+def story(progress, computed=0, budget=1000):
     """(computed, tokens, canvas, block, emitted) of each step to the end, as predicted."""
     steps = []
-    while (query := progress.query(computed)).tokens:
+    while (query := progress.query(computed, budget)).tokens:
+        assert query == progress.query(computed, query.tokens)
         emitted = progress.predict(query)
         steps.append((computed, *query, emitted))
         computed = progress.settle(query, computed, emitted)
@@ -72,6 +76,50 @@ def test_a_preemption_costs_the_open_block_and_changes_nothing_else(cache, gen_l
         assert resumed == whole[-len(resumed) :]
 
 
+def on_grid(prompt, gen_length, steps):
+    options = SamplingOptions.resolve(cache="commit", gen_length=gen_length, block_length=8, steps=steps)
+    return RequestProgress(options.after_prompt(prompt, BLOCK_CAUSAL), prompt)
+
+
+def test_a_block_causal_prompt_is_read_with_the_first_step():
+    """Its last 5 tokens are in the first block, of which 3 are generated."""
+    assert story(on_grid(21, 16, 4)) == [
+        (0, 24, 3, 3, 0),
+        (16, 8, 3, 3, 3),
+        (24, 8, 8, 8, 0), (24, 8, 8, 8, 0), (24, 8, 8, 8, 8),
+        (32, 5, 5, 5, 0), (32, 5, 5, 5, 5),
+    ]  # fmt: skip
+
+
+def test_a_prompt_within_the_first_block_is_not_run_by_itself():
+    assert story(on_grid(3, 9, 2)) == [(0, 8, 5, 5, 0), (0, 8, 5, 5, 5), (8, 4, 4, 4, 4)]
+
+
+@pytest.mark.parametrize("budget", [8, 15, 16, 20, 30, 47])
+def test_a_block_causal_prompt_is_split_between_blocks(budget):
+    steps = story(on_grid(45, 8, 2), budget=budget)
+    prompt = [step for step in steps if not step[2]]
+    assert all(computed % 8 == tokens % 8 == 0 for computed, tokens, *_ in prompt)
+    assert all(tokens <= budget for _, tokens, *_ in steps)
+    ran = sum(tokens for _, tokens, *_ in prompt)
+    # The block of 5 tokens of the prompt and 3 others comes with what is left of the prompt, or by itself.
+    assert steps[len(prompt)] == (ran, 48 - ran, 3, 3, 0)
+    assert len(prompt) == -(-(48 - budget) // (budget // 8 * 8))
+
+
+def test_a_budget_of_less_than_a_block_runs_nothing():
+    assert on_grid(20, 8, 8).query(0, 7) == (0, 0, 0)
+    assert on_grid(20, 8, 8).query(8, 12) == (8, 0, 0)
+
+
+def test_a_block_causal_context_is_read_at_once_after_a_preemption():
+    progress = on_grid(21, 16, 4)
+    progress.restart(11)
+    assert story(progress) == [(0, 37, 5, 5, 0), (32, 5, 5, 5, 5)]
+    progress.restart(11)
+    assert story(progress, budget=30) == [(0, 24, 0, 0, 0), (24, 13, 5, 5, 0), (32, 5, 5, 5, 5)]
+
+
 @pytest.mark.parametrize(
     ("options", "fixed"), [({}, True), ({"threshold": 0.5}, False), ({"temperature": 1.0, "top_p": 0.5}, True)]
 )
@@ -82,4 +130,4 @@ def test_whose_steps_are_known_in_advance(options, fixed):
 def test_nothing_is_left_to_run_at_the_end():
     progress = progress_of("dual", gen_length=8, block_length=4)
     progress.restart(8)
-    assert progress.query(0) == (0, 0, 0)
+    assert progress.query(0, 1000) == (0, 0, 0)

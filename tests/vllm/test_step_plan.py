@@ -1,5 +1,7 @@
 """The arithmetic of a step, against the expected steps of single requests."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -161,3 +163,27 @@ def test_what_the_sampler_needs():
     assert needs.filtered.tolist() == [3, 4, 5, 6]
     assert needs.stops
     assert needs.widest == 4
+
+
+def test_a_block_on_the_grid_begins_within_the_prompt():
+    """21 tokens, of which 5 are in the first block of 8; the rest of the prompt is read before or with it."""
+    table = SlotTable(SLOTS, CANVAS)
+    options = SamplingOptions.resolve(gen_length=16, block_length=8, steps=4, cache="commit")
+    options = replace(options, on_grid=True, offset=5)
+    table.add(1, 21, options)
+    chunk = table.plan(layout((1, 0, 8, 0)))
+    assert (chunk.table[0, Column.WIDTH], chunk.table[0, Column.REJECTED], chunk.cuts) == (0, 0, None)
+    first = table.plan(layout((1, 8, 16, 3)))
+    assert first.cuts.ends.tolist() == [16, 24]
+    widths = Column.WIDTH, Column.START, Column.COUNT, Column.NOISE_STEP, Column.IS_LAST
+    assert first.table[0, widths].tolist() == [3, 21, 3, 0, 0]
+    # What was read of the prompt stays, the block is computed again.
+    assert first.table[0, Column.REJECTED] == 8
+    assert first.table[0, Column.REJECTED_FINISHED] == 0
+    again = table.plan(layout((1, 16, 8, 3)))
+    assert (again.table[0, Column.ROWS], again.cuts) == (0, None)
+    second = table.plan(layout((1, 24, 8, 8)))
+    assert second.table[0, widths].tolist() == [8, 24, 4, 3, 0]
+    assert second.table[0, Column.REJECTED] == 8
+    last = table.plan(layout((1, 32, 5, 5)))
+    assert last.table[0, widths].tolist() == [5, 32, 3, 11, 1]

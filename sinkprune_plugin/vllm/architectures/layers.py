@@ -134,12 +134,24 @@ class BlockLinears:
             prefix=prefix,
         )
 
-    def mlp_output(self, prefix: str, *, bias: bool) -> RowParallelLinear:
-        """The projection that ends the MLP, (T, channels) → (T, width); parameters as of :meth:`qkv`."""
-        return self._output(self.sizes.mlp_channels, prefix, bias)
+    def mlp_output(self, prefix: str, *, bias: bool, reduced: bool = True) -> RowParallelLinear:
+        """The projection that ends the MLP, (T, channels) → (T, width); parameters as of :meth:`qkv`.
 
-    def _output(self, columns: int, prefix: str, bias: bool) -> RowParallelLinear:
-        return RowParallelLinear(columns, self.width, bias=bias, quant_config=self.quant_config, prefix=prefix)
+        :param prefix: the module's full name
+        :param bias: with a bias
+        :param reduced: whether ranks add their parts up; otherwise the caller does
+        """
+        return self._output(self.sizes.mlp_channels, prefix, bias, reduced)
+
+    def _output(self, columns: int, prefix: str, bias: bool, reduced: bool = True) -> RowParallelLinear:
+        return RowParallelLinear(
+            columns,
+            self.width,
+            bias=bias,
+            reduce_results=reduced,
+            quant_config=self.quant_config,
+            prefix=prefix,
+        )
 
 
 class RotaryAttention(Attention):
@@ -152,6 +164,7 @@ class RotaryAttention(Attention):
     :param prefix: the module's full name
     :param yarn: scaling of the frequencies, if there is one
     :param query_scaling: beta and step of a scale of the queries by position, 1 + beta · ln(1 + ⌊position / step⌋)
+    :param rotated: part of each head that is rotated, its beginning
     """
 
     def __init__(
@@ -164,6 +177,7 @@ class RotaryAttention(Attention):
         prefix: str,
         yarn: YarnScaling | None = None,
         query_scaling: tuple[float, int] | None = None,
+        rotated: float = 1.0,
     ) -> None:
         super().__init__(
             qkv.num_heads,
@@ -184,7 +198,7 @@ class RotaryAttention(Attention):
             get_rope(
                 qkv.head_size,
                 max_position=longest,
-                rope_parameters={"rope_type": "default", "rope_theta": theta},
+                rope_parameters={"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": rotated},
                 dtype=dtype,
             )
             if yarn is None

@@ -85,13 +85,16 @@ class GatedMLP(nn.Module):
     :param activation: transformers' name of the activation
     :param prefix: the module's full name
     :param bias: whether the projections have a bias
+    :param reduced: whether tensor-parallel ranks add their parts up; otherwise the caller does
     """
 
-    def __init__(self, make: BlockLinears, activation: str, prefix: str, *, bias: bool = False) -> None:
+    def __init__(
+        self, make: BlockLinears, activation: str, prefix: str, *, bias: bool = False, reduced: bool = True
+    ) -> None:
         super().__init__()
         self.gate_up_proj = make.gate_up(f"{prefix}.gate_up_proj", bias=bias)
         self.act_fn = gated_activation(activation)
-        self.down_proj = make.mlp_output(f"{prefix}.down_proj", bias=bias)
+        self.down_proj = make.mlp_output(f"{prefix}.down_proj", bias=bias, reduced=reduced)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map (T, hidden_size) to (T, hidden_size)."""
@@ -108,10 +111,13 @@ class DecoderLayer(nn.Module):
     :param mlp: maps (T, hidden_size) to the same
     """
 
+    attention_name: ClassVar[str] = "self_attn"
+    """Name of the attention module, as in the family's tensors."""
+
     def __init__(self, vllm_config: VllmConfig, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
-        self.self_attn = attention
+        self.add_module(self.attention_name, attention)
         self.mlp = mlp
         self.input_layernorm = make_norm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = make_norm(config.hidden_size, config.rms_norm_eps)
@@ -126,11 +132,12 @@ class DecoderLayer(nn.Module):
         :param residual: (T, hidden_size), still to be added; None in the first layer
         :return: the MLP's output and the residual, both (T, hidden_size)
         """
+        attention = getattr(self, self.attention_name)
         return run_block(
             hidden_states,
             residual,
             attention_norm=self.input_layernorm,
-            attention=lambda x: self.self_attn(positions, x),
+            attention=lambda x: attention(positions, x),
             mlp_norm=self.post_attention_layernorm,
             mlp=self.mlp,
         )
@@ -145,21 +152,30 @@ class DecoderModel(nn.Module):
 
     layer_class: ClassVar[Any]
     """Makes a layer of the engine's configuration, the layer's sizes and its full name."""
+    embedding_name: ClassVar[str] = "embed_tokens"
+    """Name of the embedding table, as in the family's tensors."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
-        self.embed_tokens = VocabParallelEmbedding(
+        table = VocabParallelEmbedding(
             config.vocab_size,
             config.hidden_size,
             quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.embed_tokens",
+            prefix=f"{prefix}.{self.embedding_name}",
         )
+        self.add_module(self.embedding_name, table)
         self.layers = nn.ModuleList(
             self.layer_class(vllm_config, sizes, f"{prefix}.layers.{i}")
             for i, sizes in enumerate(sizes_in_config(config))
         )
         self.norm = make_norm(config.hidden_size, config.rms_norm_eps)
+
+    @property
+    def embedding(self) -> VocabParallelEmbedding:
+        """The embedding table."""
+        table: VocabParallelEmbedding = getattr(self, self.embedding_name)
+        return table
 
     def forward(
         self,
@@ -168,7 +184,7 @@ class DecoderModel(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states after the final norm, (T, hidden_size); see :meth:`DenoisingLM.forward`."""
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         return run_decoder(hidden_states, positions, blocks=self.layers, norm=self.norm)
 
 
@@ -209,7 +225,7 @@ class DecoderLM(DenoisingLM):
             prefix=maybe_prefix(prefix, self.head_name),
         )
         if config.tie_word_embeddings:
-            head = head.tie_weights(decoder.embed_tokens)
+            head = head.tie_weights(decoder.embedding)
         self.add_module(self.decoder_name, decoder)
         self.add_module(self.head_name, head)
         self.logits_processor = LogitsProcessor(config.vocab_size)
@@ -223,7 +239,7 @@ class DecoderLM(DenoisingLM):
     @property
     def embedding(self) -> VocabParallelEmbedding:
         """The embedding table."""
-        return self.decoder.embed_tokens
+        return self.decoder.embedding
 
     @property
     def head(self) -> ParallelLMHead:
