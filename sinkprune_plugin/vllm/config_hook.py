@@ -108,6 +108,8 @@ def configure(vllm_config: Any) -> None:
     if current_platform.is_cpu():
         set_cache(vllm_config)
     vllm_config.attention_config.use_non_causal = True
+    # From config.json, where use_sliding_window turns it off or nothing reads it; our configurations refuse any other.
+    vllm_config.cache_config.sliding_window = None
     _set_attention(vllm_config)
     _set_graphs(vllm_config)
     if not warms_up(canvas, vllm_config.model_config.max_model_len):
