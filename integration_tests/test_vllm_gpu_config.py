@@ -27,12 +27,22 @@ DREAM = {
     "torch_dtype": "bfloat16", "vocab_size": 152064,
 }  # fmt: skip
 PUBLISHED = {"llada": LLADA, "dream": DREAM}
+# LLaDA2.0-mini's keys.
+LLADA2 = {
+    "architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", "first_k_dense_replace": 1, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 5120, "max_position_embeddings": 32768,
+    "moe_intermediate_size": 512, "n_group": 8, "norm_topk_prob": True, "num_attention_heads": 16, "num_experts": 256,
+    "num_experts_per_tok": 8, "num_hidden_layers": 20, "num_key_value_heads": 4, "num_shared_experts": 1,
+    "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 600000,
+    "routed_scaling_factor": 2.5, "score_function": "sigmoid", "sliding_window": 4096, "topk_group": 4,
+    "torch_dtype": "bfloat16", "use_sliding_window": False, "vocab_size": 157184,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
-    for name, config in PUBLISHED.items():
+    for name, config in {**PUBLISHED, "llada2": LLADA2}.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
     return folder
@@ -261,3 +271,48 @@ def test_a_model_whose_blocks_and_context_differ_in_causality_gets_a_backend_tha
     older = classmethod(lambda cls, device_id=0: DeviceCapability(8, 0))
     monkeypatch.setattr(type(current_platform), "get_device_capability", older)
     assert backend().name == "TRITON_ATTN"
+
+
+@pytest.mark.parametrize(("context", "budget"), [("LLM_CLASS", 16384), ("OPENAI_API_SERVER", 8192)])
+def test_a_block_causal_model_keeps_what_others_lose(context, budget, make, log):
+    """Chunks, the prefix cache with pages of whole blocks, and the whole length of the model's configuration."""
+    config = make("llada2", context)
+    scheduler, cache = config.scheduler_config, config.cache_config
+    assert (scheduler.enable_chunked_prefill, scheduler.max_num_batched_tokens) == (True, budget)
+    assert (cache.enable_prefix_caching, cache.block_size) == (True, 32)
+    assert (config.model_config.max_model_len, cache.sliding_window) == (32768, None)
+    assert config.attention_config.backend.name == "FLASH_ATTN"
+    assert any(line.startswith("block_size 32: a page of the prefix cache holds whole blocks of 32") for line in log)
+
+
+def test_pages_that_end_within_a_block_switch_the_prefix_cache_off(make, log):
+    assert not make("llada2", block_size=16).cache_config.enable_prefix_caching
+    assert any("a page of 16 positions doesn't hold whole blocks of 32" in line for line in log), log
+    log.clear()
+    kept = make("llada2", block_size=64).cache_config
+    assert (kept.enable_prefix_caching, kept.block_size) == (True, 64)
+    assert not make("llada2", enable_prefix_caching=False).cache_config.enable_prefix_caching
+    assert not any("prefix" in line for line in log), log
+
+
+def test_a_budget_of_a_block_causal_model_is_raised_to_what_is_not_split(make, log):
+    canvas = {"canvas_length": 64}
+    given = {"max_num_batched_tokens": 48, "max_num_seqs": 4, "diffusion_config": canvas}
+    assert make("llada2", **given).scheduler_config.max_num_batched_tokens == 65
+    assert any("raised from 48 to 65, one more than canvas_length, or a block of 32" in line for line in log), log
+    given["max_num_batched_tokens"] = 100
+    assert make("llada2", **given).scheduler_config.max_num_batched_tokens == 100
+
+
+@pytest.mark.parametrize(
+    ("options", "backend"),
+    [({"dtype": "float32"}, "TRITON_ATTN"), ({"attention_backend": "TRITON_ATTN"}, "TRITON_ATTN")],
+)
+def test_backends_with_room_for_the_blocks_of_a_prompt(options, backend, make):
+    assert make("llada2", **options).attention_config.backend.name == backend
+
+
+@pytest.mark.parametrize("backend", ["FLASHINFER", "FLEX_ATTENTION"])
+def test_backends_without_room_for_the_blocks_of_a_prompt(backend, make):
+    with pytest.raises(ValueError, match=f"reads the blocks of a prompt as .* more than {backend} has room for; use"):
+        make("llada2", attention_backend=backend)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from fused_checkpoints import LAYOUTS, fuse
 from official_checkpoints import write_llada2
 from sparse_models import prune_2_of_4
 from vllm_modules import forward_function, loader, tokens_of
@@ -120,3 +121,11 @@ def test_tensors_that_disagree_with_the_number_of_experts(stored, said, tmp_path
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_experts": said}))
     with pytest.raises(UsageError, match=rf"^model\.layers\.1\.mlp\.gate\..* is for {stored} experts, .* says {said};"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fused_experts_give_the_logits_of_separate_ones(layout, tmp_path, load, logits):
+    config, _ = write_llada2(tmp_path, **ONE_BLOCK, **UNEQUAL)
+    separate = logits(*load(tmp_path), tokens_of(config))
+    fuse(tmp_path, layout)
+    assert torch.equal(logits(*load(tmp_path), tokens_of(config)), separate)
