@@ -11,6 +11,8 @@ from vllm_modules import forward_function, loader, tokens_of
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats import convert_checkpoint
+from sinkprune_plugin.loading import load_model
+from sinkprune_plugin.models.block_sizes import keep_units
 from sinkprune_plugin.models.llada2_moe import LLaDA2MoeModelLM
 
 # One block holds all tokens, which all see each other then.
@@ -56,6 +58,19 @@ def test_logits_of_the_plain_model(changes, tmp_path, load, logits):
     # float32 sums in another order (fused projections and experts, another attention kernel); logits of order 1.
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert expected.abs().max() > 0.5
+
+
+def test_fewer_heads_and_channels(tmp_path, load, logits):
+    """A dense layer that lost channels and heads, and one whose shared expert lost channels."""
+    config, _ = write_llada2(tmp_path / "whole", **ONE_BLOCK)
+    model = load_model(tmp_path / "whole", torch.float32)
+    keep_units(model, 0, channels=torch.arange(40), heads=torch.tensor([0, 2]))
+    keep_units(model, 1, channels=torch.arange(8, 24), heads=torch.tensor([2, 3]))
+    model.save_pretrained(tmp_path / "small")
+    tokens = tokens_of(config)
+    with torch.no_grad():
+        expected = model(tokens[None]).logits[0]
+    torch.testing.assert_close(logits(*load(tmp_path / "small"), tokens), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_same_experts_are_chosen_in_bfloat16(tmp_path, load):

@@ -73,8 +73,8 @@ class LLaDA2MoeDecoderLayer(DecoderLayer):
         mlp: nn.Module
         if sizes.experts:
             shared = None
-            if config.shared_channels:
-                wide = BlockLinears(vllm_config, replace(sizes, mlp_channels=config.shared_channels))
+            if sizes.shared_channels:
+                wide = BlockLinears(vllm_config, replace(sizes, mlp_channels=sizes.shared_channels))
                 # vLLM's layer of experts adds the ranks' parts up, after it has added the routed experts' output.
                 shared = GatedMLP(wide, config.hidden_act, f"{prefix}.mlp.shared_experts", reduced=False)
             mlp = GroupedMoELayer(vllm_config, sizes, f"{prefix}.mlp", shared)
