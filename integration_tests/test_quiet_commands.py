@@ -5,8 +5,10 @@ import sys
 
 import pytest
 from command_line import run_here, run_process
+from golden_data import RECIPES
 from llmcompressor.logger import configure_logger
 from loguru import logger
+from tiny_moe import write_tiny_moe
 
 from sinkprune_plugin.loading import EMBEDDED_MODEL
 from sinkprune_plugin.modifiers.oneshot_flow import log_to
@@ -79,6 +81,41 @@ def test_structured_pruning_says_what_it_chose_and_what_is_left(tmp_path):
         f"{name}: 6 blocks of 512 channels and 6 heads, 3.4 M parameters → 6 blocks of ",
         f"writing {tmp_path}",
     ]
+    assert len(stderr) == len(beginnings), stderr
+    assert all(map(str.startswith, stderr, beginnings)), stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "middle"),
+    [
+        (
+            "aimer",
+            [
+                "scoring experts with aimer.yaml (no data, weights read from the files)",
+                "writing {output}",
+                "ExpertPruningModifier: 6 of 8 experts stay in each of 6 blocks (aimer)",
+            ],
+        ),
+        (
+            "reap_trajectory",
+            [
+                "pruning with reap_trajectory.yaml (2 × 64 tokens, ",
+                "ExpertPruningModifier: 20 passes + 20 passes through 6 blocks",
+                "ExpertPruningModifier: 6 of 8 experts stay in each of 6 blocks (reap)",
+                "writing {output}",
+            ],
+        ),
+    ],
+)
+def test_the_recipes_for_experts_say_which_stay(name, middle, tmp_path):
+    write_tiny_moe(tmp_path / "model")
+    recipe = (RECIPES / f"{name}.yaml", "--num-samples", 2, "--seq-len", 64)
+    done = run_process("prune", tmp_path / "model", "--recipe", *recipe, "--output", tmp_path / "out")
+    stdout, stderr = lines_of(done)
+    assert stdout == [f"pruned model written to {tmp_path / 'out'}"]
+    # A bar of an instant may be drawn.
+    stderr = [line for line in stderr if line and not line.startswith("scoring experts:")]
+    beginnings = [("reading " if name == "aimer" else "loading "), *(each.format(output=tmp_path) for each in middle)]
     assert len(stderr) == len(beginnings), stderr
     assert all(map(str.startswith, stderr, beginnings)), stderr
 

@@ -12,8 +12,10 @@ import torch
 from compressed_tensors.offload import get_execution_device
 
 from sinkprune_plugin.devices import input_device
+from sinkprune_plugin.diffusion.families import block_length_of
 from sinkprune_plugin.models.sizes_in_config import BlockSizes
 from sinkprune_plugin.modifiers.replaced_forward import forward_replaced
+from sinkprune_plugin.sampling.kv_cache import KeyValueCache
 from sinkprune_plugin.sampling.tokens import LOW_CONFIDENCE, Needs, propose
 
 __all__ = ["LatencyTable", "time_blocks"]
@@ -31,8 +33,8 @@ class LatencyTable:
     """Medians in seconds, of rounds made comparable.
 
     :param blocks: one block of each size
-    :param rest: the rest of a denoising step: embedding, final norm, and for a block of 32 positions the vocabulary
-        projection and the choice of tokens
+    :param rest: the rest of a denoising step: embedding, final norm, and for an open block of 32 positions, or the
+        model's own, the vocabulary projection and the choice of tokens
     """
 
     blocks: dict[BlockSizes, float]
@@ -50,7 +52,9 @@ def time_blocks(
 ) -> LatencyTable:
     """Time blocks of several sizes and the rest of the model, one call of each after the other, round after round.
 
-    The blocks have random weights and the model's class, dtype and device. Memory: one block of every size.
+    The blocks have random weights and the model's class, dtype and device. Of a model that denoises block by block, an
+    open block at the end of the sequence is computed, with the keys and values of what precedes it kept. Memory: one
+    block of every size.
 
     :param model: a native model
     :param blocks: its decoder blocks
@@ -60,16 +64,21 @@ def time_blocks(
     :return: the table
     """
     config: Any = model.config
-    ids = torch.randint(config.vocab_size, (batch_size, tokens), generator=torch.Generator().manual_seed(0))
+    own = block_length_of(config)
+    opened = tokens if own is None else min(own, tokens)
+    ids = torch.randint(config.vocab_size, (batch_size, opened), generator=torch.Generator().manual_seed(0))
     ids = ids.to(input_device(model))
-    call = _first_call(model, blocks[0], ids)
+    inputs = {"input_ids": ids}
+    if own is not None:
+        inputs["position_ids"] = torch.arange(tokens - opened, tokens, device=ids.device)[None]
+    call = _first_call(model, blocks[0], inputs)
     device = torch.device(get_execution_device(blocks[0]))
     dtype = call.call_args[0].dtype
     calls: dict[BlockSizes | None, Callable[[], Any]] = {}
     for each in sizes:
         block = type(blocks[0])(config, each).to(device=device, dtype=dtype).eval()
-        calls[each] = _calling(block, call)
-    calls[None] = lambda: _choose_tokens(model(input_ids=ids, logits_to_keep=BLOCK_LENGTH).logits)
+        calls[each] = _calling(block, call) if own is None else _calling_open(block, call, tokens - opened, tokens)
+    calls[None] = lambda: _choose_tokens(model(**inputs, logits_to_keep=own or BLOCK_LENGTH).logits)
     skipped = [(block, lambda hidden_states, *_args, **_kwargs: hidden_states) for block in blocks]
     with torch.no_grad(), forward_replaced(skipped):
         first = {key: [_timed(function, device) for _ in range(WARM_UP)][-1] for key, function in calls.items()}
@@ -124,13 +133,15 @@ def _linear_weights(config: Any, block_class: Any, sizes: BlockSizes) -> int:
     return sum(each.weight.numel() for each in block.modules() if isinstance(each, torch.nn.Linear))
 
 
-def _first_call(model: torch.nn.Module, block: torch.nn.Module, ids: torch.Tensor) -> _BlockReachedError:
+def _first_call(
+    model: torch.nn.Module, block: torch.nn.Module, inputs: Mapping[str, torch.Tensor]
+) -> _BlockReachedError:
     def reached(*args: Any, **kwargs: Any) -> Any:
         raise _BlockReachedError(args, kwargs)
 
     with torch.no_grad(), forward_replaced([(block, reached)]), contextlib.suppress(StopIteration):
         try:
-            model(input_ids=ids)
+            model(**inputs)
         except _BlockReachedError as call:
             return call
     raise RuntimeError("the model never called its first decoder block")
@@ -138,6 +149,16 @@ def _first_call(model: torch.nn.Module, block: torch.nn.Module, ids: torch.Tenso
 
 def _calling(block: torch.nn.Module, call: _BlockReachedError) -> Callable[[], Any]:
     return lambda: block(*call.call_args, **call.call_kwargs)
+
+
+def _calling_open(block: torch.nn.Module, call: _BlockReachedError, begin: int, end: int) -> Callable[[], Any]:
+    cache = KeyValueCache(end)
+
+    def function() -> Any:
+        with cache.computing(begin, end):
+            return block(*call.call_args, **call.call_kwargs)
+
+    return function
 
 
 def _timed(function: Callable[[], Any], device: torch.device) -> float:
