@@ -8,7 +8,8 @@
   the embedded model and, with ``--large``, on benchmarks/offload.py's random model of 500 million parameters; and ADMM
   with its defaults (``sequential``, ``target: dense``), which takes more passes.
 
-The runs take turns; the ratios are medians of the ratios round by round. Models and data are outside the timing.
+The runs take turns; the ratios are medians of the ratios round by round. Models and data are outside the timing. Beside
+the time that passed stands the processor's own, of all threads, which other programs on the machine disturb less.
 """
 
 import argparse
@@ -16,10 +17,11 @@ import functools
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from loguru import logger
@@ -34,6 +36,25 @@ from sinkprune_plugin.modifiers.sparsegpt import SinkAwareSparseGPTModifier
 from sinkprune_plugin.pruning import admm, obs, sparsegpt
 from sinkprune_plugin.pruning.hessian import prepare_hessian
 from sinkprune_plugin.pruning.patterns import MaskStructure
+
+
+class Timing(NamedTuple):
+    """Seconds that passed, and of the processor over all threads."""
+
+    seconds: float
+    processor: float
+
+
+def measure(run: Callable[[], Any]) -> tuple[Any, Timing]:
+    """Time one run.
+
+    :param run: called once
+    :return: its result and its time
+    """
+    started = time.perf_counter(), time.process_time()
+    result = run()
+    return result, Timing(time.perf_counter() - started[0], time.process_time() - started[1])
+
 
 SPARSITY = 0.75
 UNSTRUCTURED = MaskStructure(0, 0)
@@ -75,24 +96,25 @@ def calibration_runs(model_name: Any, windows: torch.Tensor, **grid: int) -> dic
         "ADMM, sequential": lambda: SinkAwareADMMModifier(**fields),
     }
 
-    def run(make: Callable[[], Any]) -> float:
+    def run(make: Callable[[], Any]) -> Timing:
         model = load_model(model_name, torch.float32)
-        started = time.perf_counter()
-        run_oneshot(model, load_tokenizer(EMBEDDED_MODEL), make(), windows)
-        return time.perf_counter() - started
+        return measure(lambda: run_oneshot(model, load_tokenizer(EMBEDDED_MODEL), make(), windows))[1]
 
     return {name: functools.partial(run, make) for name, make in modifiers.items()}
 
 
-def timed(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every run; a run that returns a number has timed itself."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+def timed(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Timing]]:
+    """Time of every run; a run that returns a :class:`Timing` has measured itself."""
+    found: dict[str, list[Timing]] = {name: [] for name in runs}
+    for number in range(rounds):
         for name, run in runs.items():
-            started = time.perf_counter()
-            result = run()
-            seconds[name].append(result if isinstance(result, float) else time.perf_counter() - started)
-    return seconds
+            result, timing = measure(run)
+            timing = result if isinstance(result, Timing) else timing
+            found[name].append(timing)
+            # A run may take minutes: what is known stays known if the rest is given up.
+            print(f"round {number}: {name} {timing.seconds:.1f} s, {timing.processor:.1f} s of processor time",
+                  file=sys.stderr, flush=True)  # fmt: skip
+    return found
 
 
 def main() -> None:
@@ -126,23 +148,33 @@ def main() -> None:
             windows = torch.randint(3, SIZE["vocab_size"], (options.windows, 256), generator=generator)
             # Two timesteps, as in benchmarks/offload.py.
             cells["500 M"] = calibration_runs(directory, windows, diffusion_steps=2, sample_interval=1)
-        seconds = {cell: timed(runs, options.rounds) for cell, runs in cells.items()}
+        timings = {cell: timed(runs, options.rounds) for cell, runs in cells.items()}
 
     table = Table(title=f"ADMM against SparseGPT, float32, {torch.get_num_threads()} threads")
-    for heading in ("workload", "method", "median s", "min", "max", "× SparseGPT"):
+    for heading in ("workload", "method", "median s", "min", "max", "× SparseGPT", "processor s", "× SparseGPT"):
         table.add_column(heading, justify="left" if heading in ("workload", "method") else "right")
-    ratios: dict[str, dict[str, float]] = {}
-    for cell, found in seconds.items():
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for cell, found in timings.items():
         for name, values in found.items():
-            pairs = zip(values, found["SparseGPT"], strict=True)
-            ratios.setdefault(cell, {})[name] = statistics.median(mine / theirs for mine, theirs in pairs)
-            shown = (f"{f(values):.2f}" for f in (statistics.median, min, max))
-            table.add_row(cell, name, *shown, f"{ratios[cell][name]:.2f}")
-    Console(width=110).print(table)
+            both = [
+                statistics.median(
+                    mine[part] / theirs[part] for mine, theirs in zip(values, found["SparseGPT"], strict=True)
+                )
+                for part in range(2)
+            ]
+            ratios.setdefault(cell, {})[name] = both
+            passed = [timing.seconds for timing in values]
+            shown = (f"{f(passed):.2f}" for f in (statistics.median, min, max))
+            processor = statistics.median(timing.processor for timing in values)
+            table.add_row(cell, name, *shown, f"{both[0]:.2f}", f"{processor:.2f}", f"{both[1]:.2f}")
+    Console(width=120).print(table)
     result = {
         "benchmark": "solver",
-        "seconds": seconds,
-        "time_over_sparsegpt": {cell: {n: round(r, 3) for n, r in found.items()} for cell, found in ratios.items()},
+        "timings": timings,
+        "over_sparsegpt": {
+            cell: {name: [round(ratio, 3) for ratio in both] for name, both in found.items()}
+            for cell, found in ratios.items()
+        },
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "torch": torch.__version__,
