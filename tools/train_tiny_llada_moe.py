@@ -13,30 +13,19 @@ much a token's experts lack of the whole MLP at first. Training adds the load ba
 (arXiv 2101.03961, equation 4) to the cross-entropy over corrupted tokens.
 """
 
-import argparse
-import json
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
-from train_tiny_llada import NOISE_EPS, PRECISIONS, batch_loss, build_optimizer, learning_rate
-from train_tiny_llada import Settings as TrainingSettings
+from continued_training import parse_further, run_tool, train_further, write_further
 
-from sinkprune_plugin._version import __version__
-from sinkprune_plugin.diffusion import elbo_perplexity, resolve_diffusion
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 from sinkprune_plugin.models.experts import Router, Routing
 from sinkprune_plugin.models.llada import LLaDAModelLM
 from sinkprune_plugin.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
-from sinkprune_plugin.outputs import new_directory
-from sinkprune_plugin.text_windows import read_documents, token_stream, token_windows
 
 
 @dataclass(frozen=True)
@@ -159,92 +148,25 @@ def balance_losses(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def train(model: LLaDAMoEModelLM, stream: torch.Tensor, settings: Settings) -> list[float]:
-    """Train in place.
+    """Train in place with load balancing; see :func:`continued_training.train_further`."""
 
-    :param stream: (N,) token ids of the text
-    :return: cross-entropy of each step, in nats
-    """
-    shared = {name: value for name, value in asdict(settings).items() if hasattr(TrainingSettings, name)}
-    recipe = TrainingSettings(**shared, first_ceiling=1.0)
-    spec, optimizer, losses = resolve_diffusion(model.config), build_optimizer(model, recipe), []
-    progress = tqdm(range(settings.steps), desc="training", unit="step")
-    for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
+    def balanced(model: torch.nn.Module, entropy: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         with balance_losses(model) as balance:
-            loss = batch_loss(model, stream, step, recipe, spec)
-        optimizer.zero_grad(set_to_none=True)
-        (loss + settings.balance * torch.stack(balance).mean()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        progress.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
-    return losses
+            loss = entropy()
+        return loss, loss + settings.balance * torch.stack(balance).mean()
 
-
-def run(args: argparse.Namespace, settings: Settings) -> None:
-    """Make, train, measure and save the model."""
-    started = time.monotonic()
-    dense, tokenizer = load_model(args.dense, torch.float32), load_tokenizer(args.dense)
-    if not isinstance(dense, LLaDAModelLM):
-        raise UsageError(f"{args.dense} is a {type(dense).__name__}; --dense takes a LLaDA")
-    documents = read_documents(args.text)
-    stream = torch.tensor(token_stream(documents, tokenizer), dtype=torch.int64)
-    if len(stream) <= settings.seq_len:
-        raise UsageError(f"the text has {len(stream)} tokens; --seq-len {settings.seq_len} needs more")
-    with new_directory(args.output, overwrite=False) as directory:
-        count = min(8, len(stream) // settings.seq_len)
-        model = upcycle(dense, stream[: count * settings.seq_len].view(count, -1), settings).train()
-        losses = train(model, stream, settings)
-        model.eval().to(torch.bfloat16)
-        provenance: dict[str, Any] = {
-            "made_by": "tools/train_tiny_llada_moe.py",
-            "versions": {"sinkprune_plugin": __version__, "torch": torch.__version__},
-            "text": args.text.name,
-            "settings": asdict(settings),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "mean_loss_of_last_steps": sum(losses[-50:]) / len(losses[-50:]),
-            "seconds": round(time.monotonic() - started, 1),
-        }
-        if args.validation is not None:
-            # The rounded weights in float32, as the checkpoint will be loaded for evaluation.
-            windows = token_windows(read_documents(args.validation), tokenizer, settings.seq_len, 64)
-            estimate = elbo_perplexity(model.float(), windows, num_samples=8, noise_eps=NOISE_EPS, progress=True)
-            model.to(torch.bfloat16)
-            provenance["validation"] = {"text": args.validation.name, "windows": len(windows), **asdict(estimate)}
-            print(
-                f"ELBO perplexity on {args.validation.name}: {estimate.perplexity:.1f} ± {estimate.standard_error:.1f}"
-            )
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        (directory / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
-    print(f"saved {args.output}")
+    return train_further(model, stream, settings, balanced)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns 0 on success, 2 on wrong input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", type=Path, help="training text, .txt or .jsonl")
-    parser.add_argument("--output", type=Path, required=True, help="checkpoint directory to write; must not exist yet")
-    parser.add_argument("--dense", default=EMBEDDED_MODEL, help="LLaDA to start from (default: tiny-llada)")
-    parser.add_argument("--validation", type=Path, help="text to measure the ELBO perplexity on at the end")
-    for field in fields(Settings):
-        flag, kind = "--" + field.name.replace("_", "-"), type(field.default)
-        parser.add_argument(
-            flag, type=kind, default=field.default, help=f"{HELP[field.name]} (default {field.default})"
-        )
-    args = parser.parse_args(arguments)
-    for name in ("steps", "batch_size", "seq_len"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    if args.precision not in PRECISIONS:
-        parser.error(f"--precision is {args.precision}; it must be one of {', '.join(PRECISIONS)}")
-    try:
-        run(args, Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)}))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args, settings = parse_further(__doc__, Settings, HELP, arguments)
+
+    def make(dense: LLaDAModelLM, stream: torch.Tensor) -> LLaDAMoEModelLM:
+        count = min(8, len(stream) // settings.seq_len)
+        return upcycle(dense, stream[: count * settings.seq_len].view(count, -1), settings)
+
+    return run_tool(lambda: write_further(args, settings, make, lambda model, stream: train(model, stream, settings)))
 
 
 if __name__ == "__main__":
