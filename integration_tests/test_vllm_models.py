@@ -7,6 +7,7 @@ import torch
 from nemotron_labs_checkpoints import write_nemotron_labs
 from official_checkpoints import write_dream, write_llada
 from safetensors.torch import load_file, save_file
+from sdar_checkpoints import write_sdar
 from unequal_blocks import write_unequal_dream, write_unequal_llada
 from vllm_engine import prepare_vllm
 from vllm_modules import forward_function, loader, tokens_of
@@ -17,6 +18,7 @@ from sinkprune_plugin.models.llada.configuration_llada import LLaDAConfig
 from sinkprune_plugin.models.llada.modeling_llada import LLaDAModelLM
 from sinkprune_plugin.models.nemotron_labs.modeling_nemotron_labs import NemotronLabsDiffusionModel
 from sinkprune_plugin.models.rotary import RotaryTables, apply_rotary
+from sinkprune_plugin.models.sdar.modeling_sdar import SDARForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,17 @@ def test_nemotron_labs_gives_the_logits_of_the_plain_model(changes, tmp_path, lo
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [{}, {"attention_bias": True}, {"tie_word_embeddings": True}, {"num_key_value_heads": 4, "rope_theta": 50.0}],
+    ids=["official", "biases", "tied", "as many heads"],
+)
+def test_sdar_gives_the_logits_of_the_plain_model(changes, tmp_path, load, logits):
+    # The harness's attention looks in both directions, as in one open block.
+    config, _ = write_sdar(tmp_path, block_size=64, **changes)
+    check_same_logits(SDARForCausalLM, tmp_path, config, load, logits)
+
+
+@pytest.mark.parametrize(
     ("write", "native_class", "changes"),
     [(write_unequal_llada, LLaDAModelLM, {}), (write_unequal_llada, LLaDAModelLM, {"n_kv_heads": 3,
       "include_bias": True}), (write_unequal_dream, DreamModel, {})],
@@ -205,7 +218,8 @@ def test_rows_of_a_step(tmp_path, load, logits):
 
 
 @pytest.mark.parametrize(
-    ("write", "layer"), [(write_llada, "blocks"), (write_dream, "layers"), (write_nemotron_labs, "layers")]
+    ("write", "layer"),
+    [(write_llada, "blocks"), (write_dream, "layers"), (write_nemotron_labs, "layers"), (write_sdar, "layers")],
 )
 def test_every_parameter_comes_from_the_checkpoint(write, layer, tmp_path, load):
     _, tensors = write(tmp_path)

@@ -262,8 +262,7 @@ NATIVE_MODELS = [
         config="sdar.configuration_sdar:SDARConfig",
         model="sdar.modeling_sdar:SDARForCausalLM",
         architectures=("SDARForCausalLM",),
-        # Its context is to be read block by block, which our scheduler doesn't do.
-        vllm_model=None,
+        vllm_model="sdar:SDARForCausalLM",
         units=_QWEN_UNITS,
     ),
 ]
