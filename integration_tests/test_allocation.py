@@ -145,9 +145,9 @@ def test_errors_are_those_of_the_outputs(monkeypatch, tokenizer, windows):
         levels.update(by_block)
         module = block_linears(engine.model)["model.transformer.blocks.2.ff_out"]
 
-        def both(name, weights, errors):
-            found[name] = (module.weight.clone(), weights, errors)
-            receive(name, weights, errors)
+        def both(name, weights, errors, power):
+            found[name] = (module.weight.clone(), weights, errors, power)
+            receive(name, weights, errors, power)
 
         hook = module.register_forward_pre_hook(lambda _module, args: inputs.append(args[0].detach()[0]))
         solve(self, engine, passes, by_block, both, **options)
@@ -157,11 +157,12 @@ def test_errors_are_those_of_the_outputs(monkeypatch, tokenizer, windows):
     # No sink is this far above the mean, so that every token counts 1.
     fields = {"sparsity": 0.75, "allocation": "error", "sink_std": 1e6, **QUICK, **FAST[SinkAwareADMMModifier]}
     pruned_by(SinkAwareADMMModifier(**fields), tokenizer, windows)
-    W, weights, errors = found["model.transformer.blocks.2.ff_out"]
+    W, weights, errors, power = found["model.transformer.blocks.2.ff_out"]
     x = torch.cat(inputs)
     expected = [float(((each - W) @ x.T).square().sum() / (W @ x.T).square().sum()) for each in weights]
     # Two orders of float32 sums.
     assert errors == pytest.approx(expected, rel=1e-3)
+    assert power == pytest.approx(float((W @ x.T).square().sum()), rel=1e-3)
     assert errors == sorted(errors, reverse=True)
     assert [float((each == 0).float().mean()) for each in weights] == pytest.approx(list(levels[2]), abs=1e-4)
 

@@ -9,9 +9,10 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from sinkprune_plugin.diffusion import DiffusionFamily, resolve_diffusion
 from sinkprune_plugin.diffusion.families import _FAMILIES
-from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.loading import load_model
+from sinkprune_plugin.modifiers import allocating_base
 from sinkprune_plugin.modifiers.admm import SinkAwareADMMModifier
+from sinkprune_plugin.modifiers.allocating_base import _together
 from sinkprune_plugin.modifiers.calibration import CalibrationBatch
 from sinkprune_plugin.modifiers.hessian_base import HessianModifierBase
 from sinkprune_plugin.modifiers.oneshot_flow import calibration_dataset, run_oneshot
@@ -228,10 +229,81 @@ def test_with_all_experts_calibrated_the_statistics_are_the_same(kind, folder, m
         torch.testing.assert_close(statistics, found[1][name], **CLOSE, msg=name)
 
 
-def test_what_an_allocation_measures_does_not_include_experts(moe, tokenizer, windows):
-    modifier = SinkAwareWandaModifier(sparsity=0.5, allocation="error", **QUICK)
-    with pytest.raises(UsageError, match="allocation error doesn't measure Linears of experts"):
-        run_oneshot(moe, tokenizer, modifier, windows)
+@pytest.mark.parametrize("hessian_gb", [8.0, 2e-5])
+def test_errors_of_an_allocation_count_an_experts_tokens_times_the_routers_weight(
+    hessian_gb, moe, tokenizer, windows, monkeypatch
+):
+    """Also where two experts' Hessians (2.6 kB for the inputs of 40 channels, 9 kB for those of 48) fit the limit."""
+    found, before = {}, {}
+    solve = SinkAwareSparseGPTModifier._solve_levels
+
+    def recording(self, engine, passes, by_block, receive, **options):
+        before.update({name: each.weight.clone() for name, each in engine.model.named_modules() if is_linear(each)})
+
+        def both(name, weights, errors, power):
+            found[name] = weights, errors, power
+            receive(name, weights, errors, power)
+
+        solve(self, engine, passes, by_block, both, **options)
+
+    monkeypatch.setattr(SinkAwareSparseGPTModifier, "_solve_levels", recording)
+    passes = inputs_of_first_experts(moe, windows)
+    layer = moe.model.layers[0].mlp.experts
+    inputs = {"gate_proj": lambda _, x: x, "up_proj": lambda _, x: x, "down_proj": hidden_of}
+    expected, gates_of = {}, {}
+    for number, expert in enumerate(layer):
+        for path, of in inputs.items():
+            gates_of[f"model.layers.0.mlp.experts.{number}.{path}"] = torch.cat([each[:, number] for _, each in passes])
+            rows = torch.cat([of(expert, tokens) * gates[:, number : number + 1] for tokens, gates in passes])
+            expected[f"model.layers.0.mlp.experts.{number}.{path}"] = rows
+    modifier = SinkAwareSparseGPTModifier(
+        sparsity=0.75, allocation="error", min_expert_tokens=0, expert_hessian_gb=hessian_gb, **ALL_TOKENS
+    )
+    run_oneshot(moe, tokenizer, modifier, windows)
+    assert len([name for name in found if ".experts." in name]) == 2 * EXPERTS * 3
+    for name, rows in expected.items():
+        weights, errors, power = found[name]
+        whole = (rows @ before[name].T).square().sum()
+        # One that no token chose has the errors of all tokens, and no part in the block's.
+        unchosen = bool((gates_of[name] == 1).all())
+        assert power == pytest.approx(0.0 if unchosen else float(whole), rel=1e-3)
+        by_hand = [float((rows @ (each - before[name]).T).square().sum() / whole) for each in weights]
+        assert errors == pytest.approx(by_hand, rel=1e-3)
+    # Together they are one Linear, whose output is the sum of theirs.
+    for path in inputs:
+        linears = [found[f"model.layers.0.mlp.experts.{number}.{path}"] for number in range(EXPERTS)]
+        together = _together([(errors, power) for _, errors, power in linears])
+        whole = sum(power for *_, power in linears)
+        absolute = [sum(errors[level] * power for _, errors, power in linears) for level in range(len(together))]
+        assert together == pytest.approx([value / whole for value in absolute])
+
+
+def is_linear(module):
+    return isinstance(module, torch.nn.Linear)
+
+
+def test_experts_that_got_too_few_tokens_have_no_part_in_an_allocation_unless_all_did(
+    moe, tokenizer, windows, monkeypatch
+):
+    powers = []
+    monkeypatch.setattr(
+        allocating_base, "_together", lambda errors: powers.append([power for _, power in errors]) or _together(errors)
+    )
+    # 96 tokens in all passes, two experts each, so a third of them on average.
+    with torch.no_grad():
+        # An expert that is the last choice of every token.
+        moe.model.layers[0].mlp.gate.weight[3] = 0
+    for floor, hungry in ((0, False), (10**6, True)):
+        run_oneshot(
+            moe,
+            tokenizer,
+            SinkAwareWandaModifier(sparsity=0.5, allocation="error", min_expert_tokens=floor, **QUICK),
+            windows,
+        )
+        of_experts = [each for each in powers if len(each) == EXPERTS]
+        assert len(of_experts) == 2 * 3
+        assert all(all(power == 0 for power in each) == hungry for each in of_experts)
+        powers.clear()
 
 
 def test_padded_samples_of_a_model_that_denoises_block_by_block_are_calibrated_on(tmp_path, windows):

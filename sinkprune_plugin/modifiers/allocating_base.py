@@ -19,7 +19,7 @@ from sinkprune_plugin.modifiers.run_estimate import RunEstimate, SweepPlan
 from sinkprune_plugin.modifiers.search_problem import fingerprint
 from sinkprune_plugin.modifiers.searching_base import SearchingModifierBase
 from sinkprune_plugin.modifiers.sparsity_candidates import SparsityCandidates
-from sinkprune_plugin.modifiers.targets import PruningTarget
+from sinkprune_plugin.modifiers.targets import PruningTarget, stage_of
 from sinkprune_plugin.outputs import check_output
 from sinkprune_plugin.pruning.allocation import equal_marginal_error, linear_over_depth
 from sinkprune_plugin.pruning.evolution import Candidate, SearchState
@@ -28,8 +28,10 @@ from sinkprune_plugin.termination import removed_on_termination
 
 __all__ = ["AllocatingModifierBase"]
 
-# Receives a target's name, its pruned weight (rows, C) at each level of its block, and the errors.
-ReceiveLevels = Callable[[str, list[torch.Tensor], list[float]], None]
+# Errors of a Linear at each level, relative to the power of its output, and that power.
+LinearErrors = tuple[list[float], float]
+# Receives a target's name, its pruned weight (rows, C) at each level of its block, the errors and the power.
+ReceiveLevels = Callable[[str, list[torch.Tensor], list[float], float], None]
 
 
 class AllocatingModifierBase(SearchingModifierBase):
@@ -38,7 +40,9 @@ class AllocatingModifierBase(SearchingModifierBase):
     ``error`` and ``search`` solve every Linear at several levels, in one sweep with the dense model's inputs. A level's
     error is that of the Linear's output on these inputs, relative to the output itself: Σ ‖(W' − W) x‖² / Σ ‖W x‖².
     Relative, since outputs of different Linears have different scales, which the norms after them take out again. The
-    error of a block is the mean over its Linears.
+    error of a block is the mean over its Linears. The same Linear of all experts of a layer counts as one, whose output
+    is the sum of theirs times the router's weights: the sum of their errors over the sum of their powers. Experts that
+    got too few tokens, whose statistics are of tokens that aren't theirs, have no part in it unless all are such.
     """
 
     @property
@@ -83,7 +87,11 @@ class AllocatingModifierBase(SearchingModifierBase):
 
         :param plan: one sweep of the passes that statistics come from
         """
-        return (replace(plan, runs_per_block=1, streams=1),) if self.measures_allocation else ()
+        if not self.measures_allocation:
+            return ()
+        of_blocks = targets_by_block(self._targets).values()
+        runs = max((self._level_runs(group) for group in of_blocks), default=1)
+        return (replace(plan, runs_per_block=runs, streams=1),)
 
     def _database_bytes(self) -> tuple[int, int]:
         """Of all weights at all levels: bytes on disk, and bytes of the same decoded."""
@@ -122,10 +130,10 @@ class AllocatingModifierBase(SearchingModifierBase):
         grid, by_block = self._level_grid()
         levels = dict(zip(by_block, grid.sparsities, strict=True))
         if self.allocation == "error":
-            mine: dict[str, list[float]] = {}
+            mine: dict[str, LinearErrors] = {}
 
-            def keep(name: str, _weights: list[torch.Tensor], errors: list[float]) -> None:
-                mine[name] = errors
+            def keep(name: str, _weights: list[torch.Tensor], errors: list[float], power: float) -> None:
+                mine[name] = errors, power
 
             self._solve_levels(engine, passes, levels, keep)
             errors = {name: found for part in distributed.gather_objects(mine) for name, found in part.items()}
@@ -228,20 +236,35 @@ class AllocatingModifierBase(SearchingModifierBase):
                     whole = _energy(W, metric)
                     solved = [solver(W, level)[0] for level in levels[target.block]]
                     errors = [_energy(each - W, metric) / whole if whole else 0.0 for each in solved]
-                receive(target.name, solved, errors)
+                fed = target.expert is not None and target.expert.key in self._fed_experts
+                receive(target.name, solved, errors, 0.0 if fed else whole)
 
         self._sweep_statistics(
             engine, passes, lambda block: [each for each in by_block.get(block, []) if not done(each.name)], solve
         )
 
 
-def _by_error(grid: LevelGrid, by_block: dict[int, list[PruningTarget]], errors: dict[str, list[float]]) -> list[float]:
+def _by_error(
+    grid: LevelGrid, by_block: dict[int, list[PruningTarget]], errors: Mapping[str, LinearErrors]
+) -> list[float]:
     """Equal marginal error over the levels of the blocks."""
     curves = []
     for group in by_block.values():
-        of_linears = [errors[target.name] for target in group]
-        curves.append([sum(values) / len(of_linears) for values in zip(*of_linears, strict=True)][::-1])
+        stages: dict[str, list[LinearErrors]] = {}
+        for target in group:
+            stages.setdefault(stage_of(target), []).append(errors[target.name])
+        of_stages = [_together(each) for each in stages.values()]
+        curves.append([sum(values) / len(of_stages) for values in zip(*of_stages, strict=True)][::-1])
     return equal_marginal_error(grid.total, grid.sizes, [levels[::-1] for levels in grid.sparsities], curves)
+
+
+def _together(errors: Sequence[LinearErrors]) -> list[float]:
+    """Errors of Linears whose outputs are added up, at each level, relative to the power of all."""
+    powers = [power for _, power in errors]
+    whole = sum(powers)
+    shares = [power / whole if whole else 1 / len(powers) for power in powers]
+    by_level = zip(*(values for values, _ in errors), strict=True)
+    return [sum(share * value for share, value in zip(shares, values, strict=True)) for values in by_level]
 
 
 def _energy(W: torch.Tensor, metric: torch.Tensor) -> float:

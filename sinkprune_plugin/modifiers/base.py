@@ -12,7 +12,6 @@ from llmcompressor.utils.metric_logging import CompressionLogger
 from loguru import logger
 from pydantic import Field, PrivateAttr
 
-from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.block_sparsities import in_text, resolve_blocks
 from sinkprune_plugin.modifiers.calibrating_base import CalibratingModifierBase
@@ -68,11 +67,6 @@ class SinkAwareModifierBase(CalibratingModifierBase):
         for target in self._targets:
             require_prunable_dtype(target)
             self._structure.check_columns(target.name, target.module.in_features)
-        if self.allocation in ("error", "search") and any(target.expert for target in self._targets):
-            raise UsageError(
-                f"allocation {self.allocation} doesn't measure Linears of experts; give `sparsity` a list with one "
-                "value for each decoder block, or add the experts to `ignore`"
-            )
         if self.sparsity is not None:
             blocks = blocks_at_its_turn(self, len(self._blocks))
             left = [target for target in self._targets if target.block is None or target.block < blocks]

@@ -17,7 +17,7 @@ from sinkprune_plugin.modifiers.passes import CalibrationPass, OnloadedBlock, Pa
 from sinkprune_plugin.modifiers.replaced_forward import forward_replaced, linear_with
 from sinkprune_plugin.modifiers.routing import ExpertKey
 from sinkprune_plugin.modifiers.run_estimate import SweepPlan, hessian_bytes
-from sinkprune_plugin.modifiers.targets import PruningTarget
+from sinkprune_plugin.modifiers.targets import PruningTarget, stage_of
 from sinkprune_plugin.modifiers.trajectory import clean_pass, spec_of, without_sinks
 from sinkprune_plugin.pruning.hessian import accumulate_drift, square_matrix
 from sinkprune_plugin.pruning.sparsegpt import accumulate_hessian
@@ -154,8 +154,7 @@ class HessianModifierBase(AllocatingModifierBase):
             return []
         if self.within_block == "parallel":
             # Nothing in a block comes after its experts, so with them first all see the dense block.
-            rest = [target for target in targets if not target.expert]
-            return [*self._expert_groups([list(targets)]), *([rest] if rest else [])]
+            return self._level_groups(targets)
         observer = InputObserver(targets, lambda *_: None)
         with distributed.failing_together():
             handles = observer.attach(self.register_hook)
@@ -175,6 +174,10 @@ class HessianModifierBase(AllocatingModifierBase):
         return [
             part for group in groups.values() for part in (self._expert_groups([group]) if group[0].expert else [group])
         ]
+
+    def _level_groups(self, targets: Sequence[PruningTarget]) -> list[list[PruningTarget]]:
+        rest = [target for target in targets if not target.expert]
+        return [*self._expert_groups([list(targets)]), *([rest] if rest else [])]
 
     def _expert_groups(self, groups: Iterable[list[PruningTarget]]) -> list[list[PruningTarget]]:
         """Linears of experts, whole experts, in groups whose Hessians fit the limit."""
@@ -266,14 +269,6 @@ def _of_same_tokens(dense: torch.Tensor, rows: torch.Tensor, x: torch.Tensor, ea
     aligned = x.clone()
     aligned[:, found >= 0] = dense[:, found[found >= 0]]
     return aligned
-
-
-def stage_of(target: PruningTarget) -> str:
-    """What is pruned together: the Linear itself, or the same Linear of all experts of a layer.
-
-    :param target: the Linear
-    """
-    return target.name if target.expert is None else f"{target.expert.layer.name}.*.{target.expert.path}"
 
 
 def _weighted(each: CalibrationPass, weights: torch.Tensor) -> CalibrationPass:

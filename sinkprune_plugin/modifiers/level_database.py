@@ -86,12 +86,13 @@ class LevelDatabase:
         """
         return self._file(name).exists()
 
-    def write(self, name: str, levels: Sequence[torch.Tensor], errors: Sequence[float]) -> None:
+    def write(self, name: str, levels: Sequence[torch.Tensor], errors: Sequence[float], power: float) -> None:
         """Save a Linear.
 
         :param name: full module name
         :param levels: its pruned weight (rows, C) at each level
-        :param errors: its error at each level
+        :param errors: its error at each level, relative to the power
+        :param power: sum of its squared outputs
         :raises UsageError: if the disk is full
         """
         parts = {
@@ -100,16 +101,18 @@ class LevelDatabase:
             for part, value in bitmask.compress(weight, name=name).items()
         }
         with updated_directory(self._directory) as directory:
-            save_file(parts, directory / self._file(name).name, metadata={"errors": json.dumps(list(errors))})
+            metadata = {"errors": json.dumps(list(errors)), "power": json.dumps(power)}
+            save_file(parts, directory / self._file(name).name, metadata=metadata)
 
-    def errors(self, name: str) -> list[float]:
-        """Errors of a Linear at its levels.
+    def errors(self, name: str) -> tuple[list[float], float]:
+        """Errors of a Linear at its levels, and the power that they are relative to.
 
         :param name: full module name
         :raises UsageError: if its file is damaged
         """
         with self._opened(name) as file:
-            return [float(value) for value in json.loads(file.metadata()["errors"])]
+            metadata = file.metadata()
+            return [float(value) for value in json.loads(metadata["errors"])], float(json.loads(metadata["power"]))
 
     def read(self, name: str, level: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """A pruned weight.

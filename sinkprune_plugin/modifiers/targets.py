@@ -13,7 +13,7 @@ from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
 from sinkprune_plugin.modifiers.routed_experts import refuse_routed_experts
 from sinkprune_plugin.modifiers.routing import ExpertPlace, expert_places
 
-__all__ = ["PruningTarget", "require_prunable_dtype", "resolve_targets", "solving_cost"]
+__all__ = ["PruningTarget", "require_prunable_dtype", "resolve_targets", "solving_cost", "stage_of"]
 
 PRUNABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -110,3 +110,12 @@ def solving_cost(targets: Sequence[PruningTarget]) -> float:
     """
     columns = targets[0].module.in_features
     return columns**2 * (columns + sum(target.module.out_features for target in targets))
+
+
+def stage_of(target: PruningTarget) -> str:
+    """What a Linear counts as one of: itself, or the same Linear of all experts of a layer.
+
+    :param target: the Linear
+    :return: the Linear's name, or a name for all of them
+    """
+    return target.name if target.expert is None else f"{target.expert.layer.name}.*.{target.expert.path}"

@@ -35,10 +35,10 @@ def test_weights_and_errors_are_read_as_they_were_written(dtype, cache_bytes, tm
     levels = pruned([0.9, 0.75, 0.5], dtype)
     database = opened(tmp_path / "db", dense_bytes=1)
     assert not database.has("a.b")
-    database.write("a.b", levels, [0.3, 0.1 + 0.2, 1e-9])
+    database.write("a.b", levels, [0.3, 0.1 + 0.2, 1e-9], 1e30 / 3)
     again = opened(tmp_path / "db", dense_bytes=1)
     assert again.has("a.b")
-    assert again.errors("a.b") == [0.3, 0.1 + 0.2, 1e-9]
+    assert again.errors("a.b") == ([0.3, 0.1 + 0.2, 1e-9], 1e30 / 3)
     for level, weight in enumerate(levels):
         assert torch.equal(again.read("a.b", level), weight)
     # Small models stay in memory, larger ones are read every time.
@@ -48,7 +48,7 @@ def test_weights_and_errors_are_read_as_they_were_written(dtype, cache_bytes, tm
 def test_files_take_the_bytes_that_were_computed(tmp_path):
     sparsities = [0.875, 0.75, 0.5]
     levels = pruned(sparsities, shape=(256, 500))
-    opened(tmp_path / "db").write("a", levels, [0.0] * 3)
+    opened(tmp_path / "db").write("a", levels, [0.0] * 3, 1.0)
     computed = sum(weight_bytes(levels[0], sparsity) for sparsity in sparsities)
     size = (tmp_path / "db" / "a.safetensors").stat().st_size
     # Shapes and the file's header are not counted.
@@ -76,15 +76,15 @@ def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(level_database, "save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            database.write("a", pruned([0.5]), [0.0])
+            database.write("a", pruned([0.5]), [0.0], 1.0)
     assert not database.has("a")
-    database.write("a", pruned([0.5]), [0.0])
+    database.write("a", pruned([0.5]), [0.0], 1.0)
     assert [file.name for file in (tmp_path / "db").iterdir()] == ["a.safetensors"]
 
 
 def test_a_disk_without_room_is_refused_but_for_what_is_there(tmp_path, monkeypatch):
     database = opened(tmp_path / "db")
-    database.write("a", pruned([0.5]), [0.0])
+    database.write("a", pruned([0.5]), [0.0], 1.0)
     there = (tmp_path / "db" / "a.safetensors").stat().st_size
     usage = SimpleNamespace(disk_usage=lambda _place: SimpleNamespace(free=1000))
     monkeypatch.setattr(outputs, "shutil", SimpleNamespace(**{**vars(shutil), **vars(usage)}))
@@ -102,7 +102,7 @@ def test_a_damaged_state_is_refused(content, tmp_path):
 
 def test_a_damaged_or_missing_weight_is_refused(tmp_path):
     database = opened(tmp_path / "db")
-    database.write("a", pruned([0.5]), [0.0])
+    database.write("a", pruned([0.5]), [0.0], 1.0)
     file = tmp_path / "db" / "a.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UsageError, match=r"a\.safetensors can't be read"):
