@@ -1,21 +1,24 @@
 """Which experts should go: ELBO perplexity of a mixture after expert pruning, with every score.
 
-    python benchmarks/study_experts.py MODEL [--calibration TEXT] [--test TEXT] [--shares 0.25 0.5]
+    python benchmarks/study_experts.py MODEL [--calibration TEXT] [--test TEXT] [--shares 0.25 0.5] [--seeds 3]
+                                       [--methods NAME ...] [--against NAME]
 
-Each score prunes the same model on the same calibration windows; `random` removes experts at random, with as many seeds
-as asked for. All are measured on the same windows of the test text with the same noise, so that differences are paired:
-the table gives the change of the perplexity against REAP on clean text with a 95 % interval over the windows.
+Each method prunes the same model on the same calibration windows; a seed chooses these and the noise on them. `random`
+removes experts at random, with as many seeds as asked for. All are measured on the same windows of the test text with
+the same noise, so that differences are paired: the table gives the change of the perplexity against REAP on clean text
+(or another method), the mean over the seeds with a 95 % interval over the windows, and its range over the seeds.
 """
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from study_statistics import paired_difference, perplexity
+from study_statistics import Difference, paired_difference, perplexity
 
 from sinkprune_plugin.diffusion import score_windows
 from sinkprune_plugin.loading import load_model, load_tokenizer
@@ -23,7 +26,8 @@ from sinkprune_plugin.models.expert_lists import expert_counts, keep_experts, se
 from sinkprune_plugin.modifiers import load_oneshot_flow
 from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
 
-REFERENCE = "reap, clean"
+REFERENCE, RANDOM = "reap, clean", "random"
+SEARCH = "frequency, trajectory, allocation search"
 METHODS: dict[str, dict[str, Any]] = {
     "aimer": {"score": "aimer"},
     "magnitude": {"score": "magnitude"},
@@ -34,6 +38,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "reap, trajectory, sinks kept": {"score": "reap", "sink_std": 1e6},
     "reap, trajectory": {"score": "reap"},
     "reap, trajectory, allocation error": {"score": "reap", "allocation": "error"},
+    **{
+        f"frequency, trajectory, allocation {allocation}": {"score": "frequency", "allocation": allocation}
+        for allocation in ("early_sparser", "late_sparser", "error")
+    },
+    # A quarter of the default budget: 6 blocks of 8 experts have few candidates.
+    SEARCH: {"score": "frequency", "allocation": "search", "search_budget": 2**18},
 }
 
 
@@ -54,6 +64,62 @@ def prune_at_random(model: Any, share: float, seed: int) -> None:
     set_expert_counts(model.config, {index: len(numbers) for index, numbers in kept.items()})
 
 
+class Study:
+    """A model, its texts, and what has been measured on them.
+
+    :param options: the command line's
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._flow, self._tokenizer = load_oneshot_flow(), load_tokenizer(options.model)
+        self._documents = list(read_documents(options.calibration))
+        self._test = token_windows(read_documents(options.test), self._tokenizer, options.seq_len, options.windows)
+        self.dense = losses(load_model(options.model, torch.float32), self._test, options.noises)
+        self.seconds: dict[str, float] = {}
+        self.experts: dict[str, list[Any]] = {}
+
+    def runs(self, method: str, share: float) -> list[list[float]]:
+        """Losses of a method, for each seed.
+
+        :param method: its name
+        :param share: experts to remove
+        """
+        if method == RANDOM:
+            return [self._measure_random(share, seed) for seed in range(self._options.random)]
+        fields = METHODS[method]
+        # The weights alone are the same for every seed.
+        seeds = 1 if fields["score"] in ("aimer", "magnitude") else self._options.seeds
+        self.experts[method], started = [], time.monotonic()
+        found = [self._measure(method, share, seed) for seed in range(seeds)]
+        self.seconds[method] = (time.monotonic() - started) / seeds
+        return found if seeds > 1 else found * self._options.seeds
+
+    def _measure(self, method: str, share: float, seed: int) -> list[float]:
+        from sinkprune_plugin.modifiers.experts import ExpertPruningModifier
+
+        options = self._options
+        windows = token_windows(self._documents, self._tokenizer, options.seq_len, options.samples, seed=seed)
+        model = load_model(options.model, torch.float32)
+        modifier = ExpertPruningModifier(experts=share, seed=seed, **METHODS[method])
+        self._flow.run_oneshot(model, self._tokenizer, modifier, windows)
+        self.experts[method].append(list(expert_counts(model.config).values()))
+        return losses(model, self._test, options.noises)
+
+    def _measure_random(self, share: float, seed: int) -> list[float]:
+        model = load_model(self._options.model, torch.float32)
+        prune_at_random(model, share, seed)
+        return losses(model, self._test, self._options.noises)
+
+
+def compared(reference: list[list[float]], runs: list[list[float]]) -> Difference:
+    """Difference of two methods; where they haven't as many seeds, of the first one's mean over the windows."""
+    if len(reference) != len(runs):
+        mean = [sum(window) / len(reference) for window in zip(*reference, strict=True)]
+        reference = [mean] * len(runs)
+    return paired_difference(reference, runs)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prune, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -61,49 +127,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibration", type=Path, default=embedded_text("calibration"))
     parser.add_argument("--test", type=Path, default=embedded_text("test"))
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, RANDOM], default=[*METHODS, RANDOM])
+    parser.add_argument("--against", choices=[*METHODS], default=REFERENCE)
     parser.add_argument("--samples", type=int, default=16, help="calibration windows")
     parser.add_argument("--windows", type=int, default=32, help="test windows")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--noises", type=int, default=8, help="noise samples of each test window")
+    parser.add_argument("--seeds", type=int, default=1, help="of calibration windows and their noise")
     parser.add_argument("--random", type=int, default=3, help="seeds of random choice")
     options = parser.parse_args(arguments)
-    flow, tokenizer = load_oneshot_flow(), load_tokenizer(options.model)
-    from sinkprune_plugin.modifiers.experts import ExpertPruningModifier
-
-    calibration = token_windows(read_documents(options.calibration), tokenizer, options.seq_len, options.samples)
-    test = token_windows(read_documents(options.test), tokenizer, options.seq_len, options.windows)
-    dense = losses(load_model(options.model, torch.float32), test, options.noises)
-    print(f"dense: {perplexity([dense]):.2f}", flush=True)
+    study = Study(options)
+    print(f"dense: {perplexity([study.dense]):.2f}", flush=True)
     rows = []
     for share in options.shares:
-        found: dict[str, list[list[float]]] = {}
-        seconds: dict[str, float] = {}
-        for name, fields in METHODS.items():
-            model = load_model(options.model, torch.float32)
-            started = time.monotonic()
-            flow.run_oneshot(model, tokenizer, ExpertPruningModifier(experts=share, **fields), calibration)
-            seconds[name] = time.monotonic() - started
-            found[name] = [losses(model, test, options.noises)]
-        found["random"] = []
-        for seed in range(options.random):
-            model = load_model(options.model, torch.float32)
-            prune_at_random(model, share, seed)
-            found["random"].append(losses(model, test, options.noises))
-        for name, runs in found.items():
-            against = paired_difference(found[REFERENCE] * len(runs), runs)
+        reference = study.runs(options.against, share)
+        for name in options.methods:
+            runs = reference if name == options.against else study.runs(name, share)
+            against = compared(reference, runs)
             low, high = against.percent_ends
-            change = f"{against.percent:+.1f} % ({low:+.1f} to {high:+.1f})"
+            by_seed = [round(100 * math.expm1(each), 1) for each in against.by_seed]
+            change = f"{against.percent:+.1f} % ({low:+.1f} to {high:+.1f}; seeds {min(by_seed)} to {max(by_seed)})"
             rows.append(
                 {
                     "removed": share,
                     "method": name,
                     "perplexity": round(perplexity(runs), 2),
+                    "of_seeds": [round(perplexity([run]), 2) for run in runs],
                     "percent": [round(value, 1) for value in (against.percent, low, high)],
-                    "seconds": round(seconds.get(name, 0.0), 1),
+                    "percent_of_seeds": by_seed,
+                    "seconds": round(study.seconds.get(name, 0.0), 1),
+                    "experts": study.experts.get(name, []),
                 }
             )
             print(f"| {share:.0%} | {name} | {rows[-1]['perplexity']} | {change} |", flush=True)
-    print(json.dumps({"dense": round(perplexity([dense]), 2), "model": options.model.name, "rows": rows}))
+    print(json.dumps({"dense": round(perplexity([study.dense]), 2), "model": options.model.name, "rows": rows}))
 
 
 if __name__ == "__main__":

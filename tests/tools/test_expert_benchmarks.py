@@ -37,13 +37,21 @@ def test_the_streaming_benchmark_measures_a_pruning_and_leaves_nothing(module, m
 
 
 @pytest.mark.parametrize("module", ["study_experts"], indirect=True)
-def test_the_study_measures_every_score(module, capsys, tmp_path):
+def test_the_study_measures_every_score(module, capsys, tmp_path, monkeypatch):
+    # One round.
+    monkeypatch.setitem(module.METHODS[module.SEARCH], "search_budget", 10_000)
     write_llada_moe(tmp_path, vocab_size=2048, num_experts=8, torch_dtype="float32")
     load_tokenizer(EMBEDDED_MODEL).save_pretrained(tmp_path)
     small = ["--samples", "2", "--windows", "3", "--seq-len", "24", "--noises", "2", "--shares", "0.5", "--random", "1"]
+    small += ["--seeds", "2"]
     module.main([str(tmp_path), *small])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {row["method"]: row for row in result["rows"]}
     assert set(rows) == {*module.METHODS, "random"}
+    assert all(sum(counts) == 2 * 4 for row in rows.values() for counts in row["experts"])
     assert rows[module.REFERENCE]["percent"] == [0.0, 0.0, 0.0]
     assert len({row["perplexity"] for row in rows.values()}) > 3
+    # Other calibration windows, which the weights don't ask for.
+    assert len(set(rows["reap, trajectory"]["of_seeds"])) == 2
+    assert len(set(rows["aimer"]["of_seeds"])) == 1
+    assert [len(row["of_seeds"]) for row in rows.values()] == [2] * len(module.METHODS) + [1]
