@@ -32,6 +32,7 @@ class FitOptions:
     :param judged: without held-out windows, measure the error before and after on all of them, and keep the beginning
         where it isn't finite afterwards; False saves these passes and reports NaN
     :param train_norms: train the norms' weights too
+    :param expert_state_gb: most gigabytes of weights and optimizer states of routed experts that are trained at once
     :param seed: seed of the order of the windows
     """
 
@@ -44,6 +45,7 @@ class FitOptions:
     patience: int = 3
     judged: bool = True
     train_norms: bool = False
+    expert_state_gb: float = 24.0
     seed: int = 0
 
 
@@ -198,7 +200,8 @@ def fit_weights(
             for number in (number for rank, number in passes if rank == distributed.rank()):
                 output = example.predict(number, training.tensors())
                 error = relative_error(output, example.target(number), example.token_weights(number))
-                if learn:
+                # It doesn't depend on the weights where these are experts that no token of the pass goes to.
+                if learn and error.requires_grad:
                     (error * LOSS_SCALE).backward()
                 total += error.detach()
                 progress()

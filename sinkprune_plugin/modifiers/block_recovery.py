@@ -1,10 +1,12 @@
 """Blockwise recovery: after pruning, each decoder block is fitted to the dense model's hidden states, one by one."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from compressed_tensors.offload import disable_onloading
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.decoder_blocks import block_linears, find_decoder_blocks
@@ -12,9 +14,11 @@ from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.bare_modules import bare_copy, compute_with
 from sinkprune_plugin.modifiers.block_fit import BlockFit, FitOptions, fit_weights
 from sinkprune_plugin.modifiers.calibration import calibration_context
+from sinkprune_plugin.modifiers.fit_groups import TrainedWeight, fit_groups
 from sinkprune_plugin.modifiers.fit_plan import FitPlan, PassId, plan_fit
 from sinkprune_plugin.modifiers.hidden_states import Place
 from sinkprune_plugin.modifiers.passes import BlockCall, CalibrationPass, OnloadedBlock, PassEngine
+from sinkprune_plugin.modifiers.routing import expert_places
 
 __all__ = ["BlockExample", "fit_blocks"]
 
@@ -39,6 +43,10 @@ def fit_blocks(
     gives for the dense model's inputs in the same pass (as in "BRECQ", arXiv 2102.05426, and BESA, arXiv 2402.16880,
     which reconstruct blocks). No gradient passes from block to block, and one block at a time is trained: the memory is
     that of one block (:func:`block_fit.state_bytes`) and of the hidden states of both models.
+
+    A routed expert is trained on the tokens that the pruned block's router sends to it; routers stay as they are.
+    Experts whose states don't fit ``FitOptions.expert_state_gb`` are fitted group by group, each group on all passes
+    with the others as they are by then.
 
     Zeros of the trained Linears stay as they are, bit for bit. With ``torch.distributed`` each process gives its own
     passes, and the gradients are summed.
@@ -83,18 +91,19 @@ def fit_blocks(
             passes,
             recovery.visit,
             title=title,
-            block_runs=block_runs(plan, len(passes), options) * len(blocks),
+            block_runs=sum(block_runs(plan, len(passes), options, groups) for groups in recovery.groups_of_blocks()),
             two_streams=True,
         )
     return recovery.results
 
 
-def block_runs(plan: FitPlan, num_passes: int, options: FitOptions) -> int:
+def block_runs(plan: FitPlan, num_passes: int, options: FitOptions, groups: int = 1) -> int:
     """Runs of one block on one of this process's passes, at most: by both models, and in training and judging.
 
     :param plan: steps of all processes
     :param num_passes: passes of this process
     :param options: how the block is fitted
+    :param groups: groups of its weights that are fitted one after the other
     :return: their number
     """
     mine = distributed.rank()
@@ -102,7 +111,7 @@ def block_runs(plan: FitPlan, num_passes: int, options: FitOptions) -> int:
     judged = (
         sum(rank == mine for rank, _ in plan.held_out) * (1 + options.evaluations) if plan.held_out else 2 * num_passes
     )
-    return 2 * num_passes + trained + judged
+    return 2 * num_passes + groups * (trained + judged)
 
 
 def _plan(
@@ -172,30 +181,48 @@ class _Recovery:
         # Onloaded once; they stay until the sweep leaves the block.
         own = {name: each.detach() for name, each in [*module.named_parameters(), *module.named_buffers()]}
         self._run_dense(block, own)
-        trained = self._trained(module, f"{self._name}.{block.index}.")
-        if trained:
-            self._fit(block, module, own, trained)
+        groups = self._groups(block.index)
+        if groups:
+            self._fit(block, module, own, groups)
         if block.index + 1 < len(self._blocks):
             with distributed.failing_together():
                 block.run(advance=True)
 
+    def groups_of_blocks(self) -> list[int]:
+        """Groups of weights that each block is fitted in."""
+        # Only sizes are read, which must not onload weights.
+        with disable_onloading():
+            return [len(self._groups(index)) for index in range(len(self._blocks))]
+
     def _fit(
-        self, block: OnloadedBlock, module: torch.nn.Module, own: Mapping[str, torch.Tensor], trained: Sequence[str]
+        self,
+        block: OnloadedBlock,
+        module: torch.nn.Module,
+        own: Mapping[str, torch.Tensor],
+        groups: Sequence[Sequence[TrainedWeight]],
     ) -> None:
-        result, fitted = fit_weights(
-            block.index,
-            BlockExample(block, bare_copy(module), own, self._passes),
-            {name: own[name] for name in trained},
-            frozenset(name for name in trained if own[name].dim() > 1),
-            self._plan,
-            self._pass_weights,
-            self._options,
-            block.progress,
-        )
+        fitted: dict[str, torch.Tensor] = {}
+        results = []
+        for group in groups:
+            # With what the groups before have come to.
+            current = {**own, **fitted}
+            names = [weight.name for weight in group]
+            result, found = fit_weights(
+                block.index,
+                BlockExample(block, bare_copy(module), current, self._passes),
+                {name: own[name] for name in names},
+                frozenset(name for name in names if own[name].dim() > 1),
+                self._plan,
+                self._pass_weights,
+                self._options,
+                block.progress,
+            )
+            results.append(result)
+            fitted |= found
         for name, weight in fitted.items():
             owner, _, attribute = name.rpartition(".")
             distributed.replace_weight(module.get_submodule(owner), weight, 0, attribute)
-        self.results.append(result)
+        self.results.append(_as_one(results))
 
     def _run_dense(self, block: OnloadedBlock, own: Mapping[str, torch.Tensor]) -> None:
         """Run the dense blocks up to the next one that is left, one at a time."""
@@ -227,14 +254,35 @@ class _Recovery:
                 tensors[name] = own[name]
         return tensors
 
-    def _trained(self, module: torch.nn.Module, prefix: str) -> list[str]:
-        names = []
+    def _groups(self, index: int) -> list[list[TrainedWeight]]:
+        """What is trained of a block, in groups that are fitted one after the other."""
+        module, prefix = self._blocks[index], f"{self._name}.{index}."
+        places = expert_places("", module)
+        weights = []
         for name, child in module.named_modules():
             linear = isinstance(child, torch.nn.Linear)
-            if (linear and prefix + name in self._linears) or (self._options.train_norms and _is_norm(child)):
-                # Not the scales of a quantizer that follows in the recipe.
-                names += [f"{name}.{each}" for each in ("weight", "bias") if getattr(child, each, None) is not None]
-        return names
+            if not ((linear and prefix + name in self._linears) or (self._options.train_norms and _is_norm(child))):
+                continue
+            place = places.get(id(child))
+            # Not the scales of a quantizer that follows in the recipe.
+            for attribute in ("weight", "bias"):
+                tensor = getattr(child, attribute, None)
+                if tensor is not None:
+                    expert = None if place is None else place.key
+                    weights.append(TrainedWeight(f"{name}.{attribute}", tensor.numel(), tensor.dtype, expert))
+        return fit_groups(weights, self._options.expert_state_gb * 1e9)
+
+
+def _as_one(results: Sequence[BlockFit]) -> BlockFit:
+    """What became of a block that was fitted in groups."""
+    first, last = results[0], results[-1]
+    return replace(
+        last,
+        before=first.before,
+        kept_step=sum(result.kept_step for result in results),
+        steps=sum(result.steps for result in results),
+        diverged=any(result.diverged for result in results),
+    )
 
 
 def _is_norm(module: torch.nn.Module) -> bool:

@@ -21,11 +21,13 @@ from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
 from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.bare_modules import bare_copy
 from sinkprune_plugin.modifiers.base import SinkAwareModifierBase
-from sinkprune_plugin.modifiers.block_fit import BlockFit, FitOptions, state_bytes
+from sinkprune_plugin.modifiers.block_fit import BlockFit, FitOptions
 from sinkprune_plugin.modifiers.block_origins import find_origins
 from sinkprune_plugin.modifiers.block_recovery import fit_blocks
+from sinkprune_plugin.modifiers.block_sparsities import targets_by_block
 from sinkprune_plugin.modifiers.calibration import collect_batches, deal_out
 from sinkprune_plugin.modifiers.dense_weights import KeptWeights, open_dense_model
+from sinkprune_plugin.modifiers.fit_groups import TrainedWeight, fit_groups
 from sinkprune_plugin.modifiers.hidden_states import check_room
 from sinkprune_plugin.modifiers.kept_zeros import KeptZeros
 from sinkprune_plugin.modifiers.passes import CalibrationPass
@@ -83,6 +85,8 @@ class BlockwiseRecoveryModifier(Modifier):
     :param step_windows: windows of one step, over all processes
     :param held_out: share of the samples that aren't trained on and decide when a block is done; 0 trains on all
     :param train_norms: train the norms' weights too
+    :param expert_state_gb: most gigabytes of weights and optimizer states of routed experts that are trained at once;
+        more experts are fitted group by group, each on all passes
     :param diffusion_steps: S, steps of the denoising grid
     :param sample_interval: train on every k-th step of the grid
     :param noise_eps: floor of the mask probability, p = (1 − eps) t + eps
@@ -107,6 +111,7 @@ class BlockwiseRecoveryModifier(Modifier):
     step_windows: int = Field(default=8, ge=1)
     held_out: float = Field(default=0.125, ge=0.0, lt=1.0)
     train_norms: bool = False
+    expert_state_gb: float = Field(default=24.0, gt=0.0, allow_inf_nan=False)
     diffusion_steps: int = 50
     sample_interval: int = 5
     noise_eps: float = Field(default=1e-3, ge=0.0, lt=1.0, allow_inf_nan=False)
@@ -241,27 +246,23 @@ class BlockwiseRecoveryModifier(Modifier):
         _, blocks = find_decoder_blocks(model)
         options = self._options()
         judging = options.held_out * (1 + options.evaluations) if options.held_out else 2
-        sweep = SweepPlan(
-            num_batches * len(self._grid),
-            tokens * len(self._grid) * window_copies(self._corruption),
-            runs_per_block=2 + math.ceil(options.epochs * (1 - options.held_out) + judging),
-            streams=2,
-        )
-        sizes: dict[int, list[int]] = {}
         # Only the sizes of weights are read, which must not onload them.
         with disable_onloading():
-            for target in targets:
-                trained = (target.module.weight, target.module.bias)
-                numels = [each.numel() for each in trained if each is not None]
-                sizes.setdefault(target.block or 0, []).extend(numels)
-            dtype = targets[0].module.weight.dtype
+            groups = [self._groups(of_block) for of_block in targets_by_block(targets).values()]
+            sweep = SweepPlan(
+                num_batches * len(self._grid),
+                tokens * len(self._grid) * window_copies(self._corruption),
+                runs_per_block=2
+                + math.ceil(options.epochs * (1 - options.held_out) + judging) * max(len(each) for each in groups),
+                streams=2,
+            )
             return RunEstimate(
                 (sweep,),
                 len(blocks),
                 hidden_bytes=hidden_state_bytes(model, 2 * sweep.tokens),
                 statistics_bytes=0,
                 brought_in_bytes=brought_in_bytes(model, blocks, 1),
-                training_bytes=max(state_bytes(each, dtype) for each in sizes.values()),
+                training_bytes=max(sum(each.state_bytes for each in group) for part in groups for group in part),
             )
 
     # ---- pieces
@@ -274,8 +275,19 @@ class BlockwiseRecoveryModifier(Modifier):
             step_windows=self.step_windows,
             held_out=self.held_out,
             train_norms=self.train_norms,
+            expert_state_gb=self.expert_state_gb,
             seed=self.seed,
         )
+
+    def _groups(self, targets: Sequence[PruningTarget]) -> list[list[TrainedWeight]]:
+        """What is trained of a block, in groups that are fitted one after the other."""
+        weights = []
+        for target in targets:
+            expert = None if target.expert is None else target.expert.key
+            for tensor in (target.module.weight, target.module.bias):
+                if tensor is not None:
+                    weights.append(TrainedWeight(target.name, tensor.numel(), tensor.dtype, expert))
+        return fit_groups(weights, self.expert_state_gb * 1e9)
 
     def _origins(self, model: torch.nn.Module) -> list[int]:
         """Number of each block among the dense ones."""
@@ -283,7 +295,7 @@ class BlockwiseRecoveryModifier(Modifier):
         return [numbers.get(id(block), len(self._dense_blocks)) for block in find_decoder_blocks(model)[1]]
 
     def _resolve(self, model: torch.nn.Module) -> list[PruningTarget]:
-        targets, _ = resolve_targets(model, list(self.targets), self.ignore)
+        targets, _ = resolve_targets(model, list(self.targets), self.ignore, routed=True)
         within = [target for target in targets if target.block is not None]
         if not within:
             raise UsageError(f"targets {self.targets} select no Linear in the decoder blocks, which is what is fitted")

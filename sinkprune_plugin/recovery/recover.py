@@ -267,7 +267,7 @@ def _fixed_zeros(student: Any, pruned: Path) -> FixedZeros:
     if not zeros.zeros:
         warnings.warn(
             f"{pruned} has no zeros in its decoder blocks, so there are none to keep and all their weights are "
-            "trained; if it isn't a smaller model of structured pruning, check that the dense model comes first",
+            "trained; if it isn't a smaller model without units or experts, check that the dense model comes first",
             stacklevel=2,
         )
     return zeros

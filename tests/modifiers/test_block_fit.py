@@ -179,3 +179,28 @@ def test_the_stated_bytes_are_those_that_are_held(dtype, monkeypatch):
     fit(toy, weights)
     assert counted
     assert set(counted) == {state_bytes([each.numel() for each in weights.values()], dtype)}
+
+
+def test_a_pass_that_does_not_depend_on_the_weights_teaches_nothing():
+    """As where the weights are those of an expert that gets no token in it."""
+
+    class Elsewhere:
+        def predict(self, number, tensors):
+            output = torch.ones(1, TOKENS, WIDTH)
+            return output * tensors["w"] if number else output
+
+        def target(self, number):
+            return torch.full((1, TOKENS, WIDTH), 2.0)
+
+        def token_weights(self, number):
+            return torch.ones(1, TOKENS)
+
+    plan = plan_fit([2], 1, step_passes=1, epochs=3, held_out=0.0, seed=0)
+    weights = {(0, number): float(TOKENS) for number in range(2)}
+    options = FitOptions(learning_rate=0.1, held_out=0.0)
+    result, fitted = fit_weights(
+        0, Elsewhere(), {"w": torch.ones(1)}, frozenset(), plan, weights, options, lambda: None
+    )
+    assert result.steps == 6
+    assert float(fitted["w"]) > 1.1
+    assert result.after < result.before
