@@ -8,7 +8,7 @@ import sys
 
 
 def run_alone(code, *arguments, **environment):
-    """A Python program in a process of its own, which prints one JSON line last."""
+    """A Python program in a process of its own, which prints one JSON object in a line, the last that isn't a log's."""
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
@@ -17,7 +17,8 @@ def run_alone(code, *arguments, **environment):
         env=os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    # Other ranks' processes may report their end after it.
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
 
 
 # Options of the engine as JSON, prompts, tokens of each answer and options of each request: what comes of it.
@@ -49,8 +50,13 @@ print(json.dumps({
 """
 
 
-def serve(model, engine, requests, *, length=32, batch=8, **environment):
+def prompts_of(batch):
+    """Prompts of 8 to 59 tokens, the same in each call."""
     rng = random.Random(0)
-    prompts = [[rng.randrange(5, 300) for _ in range(rng.randrange(8, 60))] for _ in range(batch)]
+    return [[rng.randrange(5, 300) for _ in range(rng.randrange(8, 60))] for _ in range(batch)]
+
+
+def serve(model, engine, requests, *, length=32, batch=8, **environment):
+    prompts = prompts_of(batch)
     requests = [requests[number % len(requests)] for number in range(batch)]
     return run_alone(SERVE, model, *map(json.dumps, (engine, prompts, length, requests)), **environment)
