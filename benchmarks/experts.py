@@ -31,8 +31,8 @@ NOISE = 64 << 20
 RECIPE = "prune_stage: {{prune_modifiers: {{ExpertPruningModifier: {{experts: {experts}, score: aimer}}}}}}\n"
 
 
-def shapes(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors."""
+def shapes(layers: int, experts: int, *, fused: bool = False) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors; ``fused``: two for all experts of a layer, as transformers 5 names them."""
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, WIDTH)}
     for index in range(layers):
         layer = f"model.layers.{index}"
@@ -41,7 +41,10 @@ def shapes(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
         for name in ("q_norm", "k_norm"):
             found[f"{layer}.self_attn.{name}.weight"] = (WIDTH // HEADS,)
         found[f"{layer}.mlp.gate.weight"] = (experts, WIDTH)
-        for number in range(experts):
+        if fused:
+            found[f"{layer}.mlp.experts.gate_up_proj"] = (experts, 2 * CHANNELS, WIDTH)
+            found[f"{layer}.mlp.experts.down_proj"] = (experts, WIDTH, CHANNELS)
+        for number in range(0 if fused else experts):
             expert = f"{layer}.mlp.experts.{number}"
             found[f"{expert}.gate_proj.weight"] = found[f"{expert}.up_proj.weight"] = (CHANNELS, WIDTH)
             found[f"{expert}.down_proj.weight"] = (WIDTH, CHANNELS)
@@ -52,7 +55,7 @@ def shapes(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def write_checkpoint(folder: Path, layers: int, experts: int, chosen: int) -> int:
+def write_checkpoint(folder: Path, layers: int, experts: int, chosen: int, *, fused: bool = False) -> int:
     """Write the checkpoint in bfloat16, in files of 5 GB.
 
     :return: its parameters
@@ -75,7 +78,7 @@ def write_checkpoint(folder: Path, layers: int, experts: int, chosen: int) -> in
     }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    specs = {name: TensorSpec("BF16", shape) for name, shape in shapes(layers, experts).items()}
+    specs = {name: TensorSpec("BF16", shape) for name, shape in shapes(layers, experts, fused=fused).items()}
     numbers = split_into_shards([spec.nbytes for spec in specs.values()], 5_000_000_000)
     files = shard_names(numbers[-1] + 1)
     generator = torch.Generator().manual_seed(0)
@@ -121,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-experts", type=int, default=256)
     parser.add_argument("--chosen", type=int, default=8)
     parser.add_argument("--experts", type=float, default=0.5, help="share that is removed")
+    parser.add_argument("--fused", action="store_true", help="all experts of a layer in one tensor for each projection")
     parser.add_argument(
         "--scratch", type=Path, required=True, help="directory for both checkpoints, emptied at the end"
     )
@@ -138,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if free < needed:
             parser.error(f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; take fewer --layers")
         source, target = options.scratch / "source", options.scratch / "target"
-        parameters = write_checkpoint(source, options.layers, options.num_experts, options.chosen)
+        parameters = write_checkpoint(source, options.layers, options.num_experts, options.chosen, fused=options.fused)
         recipe = options.scratch / "recipe.yaml"
         recipe.write_text(RECIPE.format(experts=options.experts))
         cold = drop_from_page_cache(source)
@@ -152,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = {
             "layers": options.layers,
             "experts": options.num_experts,
+            "fused": options.fused,
             "removed": options.experts,
             "parameters": parameters,
             "read_gb": _size(source),

@@ -12,8 +12,9 @@ from golden_data import RECIPES
 from official_checkpoints import write_llada_moe
 from safetensors.torch import load_file, save_file
 
+from sinkprune_plugin.formats.checkpoint_reader import CheckpointReader
 from sinkprune_plugin.formats.files import shard_reader
-from sinkprune_plugin.loading import load_model
+from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,34 @@ def test_fused_experts_that_are_not_understood(name, change, words, checkpoint, 
     assert done.returncode == 2
     assert re.search(words, done.stderr), done.stderr
     assert not (tmp_path / "result").exists()
+
+
+WANDA = """prune_stage:
+  prune_modifiers:
+    SinkAwareWandaModifier: {mask_structure: "2:4", diffusion_steps: 2, sample_interval: 1, min_expert_tokens: 0}
+"""
+
+
+def test_pruned_in_memory_they_are_written_one_by_one(tmp_path):
+    """The same weights and zeros as from the official layout, stored sparse, which fused ones couldn't be."""
+    found = {}
+    for name in ("official", "fused"):
+        folder = tmp_path / name
+        write_llada_moe(folder, vocab_size=2048)
+        for file in EMBEDDED_MODEL.glob("tokenizer*"):
+            shutil.copy(file, folder)
+        if name == "fused":
+            fuse(folder, "dInfer", architectures=["FusedLLaDAMoEModelLM"])
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(WANDA)
+        options = ("--recipe", recipe, "--num-samples", 2, "--seq-len", 32, "--device", "cpu")
+        done = run_here("prune", folder, *options, "--output", tmp_path / f"{name}-pruned")
+        assert done.returncode == 0, done.stderr
+        found[name] = CheckpointReader(tmp_path / f"{name}-pruned")
+    assert found["fused"].config["architectures"] == ["LLaDAMoEModelLM"]
+    assert found["fused"].format == found["official"].format == "sparse-24-bitmask"
+    assert found["fused"].sparse_names == found["official"].sparse_names
+    assert all(torch.equal(tensor, found["fused"][name]) for name, tensor in found["official"].items())
 
 
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])

@@ -21,11 +21,12 @@ def module(monkeypatch, request):
 
 
 @pytest.mark.parametrize("module", ["experts"], indirect=True)
-def test_the_streaming_benchmark_measures_a_pruning_and_leaves_nothing(module, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--fused"]], ids=["separate", "fused"])
+def test_the_streaming_benchmark_measures_a_pruning_and_leaves_nothing(more, module, monkeypatch, capsys, tmp_path):
     sizes = {"WIDTH": 32, "CHANNELS": 16, "HEADS": 4, "VOCABULARY": 64, "NOISE": 1 << 20}
     for name, value in sizes.items():
         monkeypatch.setattr(module, name, value)
-    options = ["--layers", "2", "--num-experts", "8", "--chosen", "2", "--experts", "0.5"]
+    options = ["--layers", "2", "--num-experts", "8", "--chosen", "2", "--experts", "0.5", *more]
     module.main([*options, "--scratch", str(tmp_path / "scratch")])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     # 2 layers of 8 experts, attention, norms and router, and both ends.
