@@ -82,7 +82,11 @@ def test_pruned_in_memory_they_are_written_one_by_one(tmp_path):
         for file in EMBEDDED_MODEL.glob("tokenizer*"):
             shutil.copy(file, folder)
         if name == "fused":
-            fuse(folder, "dInfer", architectures=["FusedLLaDAMoEModelLM"])
+            code = {
+                "AutoModelForCausalLM": "modeling_fused.FusedLLaDAMoEModelLM",
+                "AutoConfig": "configuration.LLaDAConfig",
+            }
+            fuse(folder, "dInfer", architectures=["FusedLLaDAMoEModelLM"], auto_map=code)
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(WANDA)
         options = ("--recipe", recipe, "--num-samples", 2, "--seq-len", 32, "--device", "cpu")
@@ -90,6 +94,8 @@ def test_pruned_in_memory_they_are_written_one_by_one(tmp_path):
         assert done.returncode == 0, done.stderr
         found[name] = CheckpointReader(tmp_path / f"{name}-pruned")
     assert found["fused"].config["architectures"] == ["LLaDAMoEModelLM"]
+    # That code would make new weights of other names.
+    assert found["fused"].config["auto_map"] == {"AutoConfig": "configuration.LLaDAConfig"}
     assert found["fused"].format == found["official"].format == "sparse-24-bitmask"
     assert found["fused"].sparse_names == found["official"].sparse_names
     assert all(torch.equal(tensor, found["fused"][name]) for name, tensor in found["official"].items())

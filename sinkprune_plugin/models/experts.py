@@ -136,12 +136,22 @@ class MixtureModel(DiffusionLM):
         wanted = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         _refuse_missing_experts(model, pretrained_model_name_or_path, info)
+        _forget_fused_code(model.config)
         return (model, info) if wanted else model
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Router):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
+
+
+def _forget_fused_code(config: Any) -> None:
+    """Drop the names of official classes for fused experts: a saved checkpoint has a module for each."""
+    places = getattr(config, "auto_map", None)
+    if isinstance(places, dict):
+        own = {key: place for key, place in places.items() if f"{place}".rpartition(".")[2][:5] != "Fused"}
+        if own != places:
+            config.auto_map = own
 
 
 def _refuse_missing_experts(model: nn.Module, source: Any, info: dict[str, Any]) -> None:
