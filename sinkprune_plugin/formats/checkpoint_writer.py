@@ -12,6 +12,7 @@ from tqdm import tqdm
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.formats.codecs import bitmask24, bits
 from sinkprune_plugin.formats.codecs.format_names import CheckpointFormat
+from sinkprune_plugin.formats.expert_sparsity import with_expert_sparsity
 from sinkprune_plugin.formats.files.digests import file_digest
 from sinkprune_plugin.formats.files.other_files import copy_other_files, find_other_files
 from sinkprune_plugin.formats.files.part_checks import VALUE_DTYPES, check_weight
@@ -95,6 +96,7 @@ def write_checkpoint(
         shards = dict(zip(names, split_into_shards(sizes, request.max_shard_bytes), strict=True))
     sparsity = _global_sparsity(specs, census) if sparse_wanted else None
     config = _config(request, selection, specs, sparsity or 0.0)
+    config = with_expert_sparsity(config, legacy=bool(selection.targets) and request.layout == "legacy")
     check_output(request.directory, overwrite=request.overwrite, needed_bytes=sum(sizes) + others.nbytes)
     with writing(request.directory), new_directory(request.directory, overwrite=request.overwrite) as directory:
         copy_other_files(others, directory)

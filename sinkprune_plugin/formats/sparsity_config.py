@@ -7,6 +7,7 @@ from typing import Any
 from sinkprune_plugin._version import __version__
 from sinkprune_plugin.errors import UsageError, short
 from sinkprune_plugin.formats.codecs.format_names import LEGACY_METHOD, QUANT_METHOD, CheckpointFormat, parse_format
+from sinkprune_plugin.formats.expert_sparsity import EXPERT_SPARSITY
 
 __all__ = [
     "SparsityConfig",
@@ -22,10 +23,11 @@ _OLDEST = "compression_config"
 _SPARSITY = "sparsity_config"
 _OWN_VERSION = "sinkprune_version"
 _DIGESTS = "sinkprune_sha256"
+_OWN_KEYS = (_OWN_VERSION, _DIGESTS)
 # The last release of compressed-tensors that wrote these formats; its readers don't look at the value.
 _LEGACY_VERSION = "0.14.0"
 # Keys next to a sparsity_config that don't mean that the weights are quantized.
-_BESIDE = {_SPARSITY, "quant_method", "version", "transform_config", _OWN_VERSION, _DIGESTS}
+_BESIDE = {_SPARSITY, EXPERT_SPARSITY, "quant_method", "version", "transform_config", *_OWN_KEYS}
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def without_own_keys(block: Mapping[str, Any]) -> dict[str, Any]:
 
     :param block: the content of it
     """
-    return {key: value for key, value in block.items() if key not in (_OWN_VERSION, _DIGESTS)}
+    return {key: value for key, value in block.items() if key not in _OWN_KEYS}
 
 
 def without_sparsity(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +167,7 @@ def without_sparsity(config: Mapping[str, Any]) -> dict[str, Any]:
         return new
     new.pop(_OLDEST, None)
     new.pop(_QUANTIZATION, None)
-    rest = {key: value for key, value in block.items() if key not in (_SPARSITY, _OWN_VERSION, _DIGESTS)}
+    rest = {key: value for key, value in block.items() if key not in (_SPARSITY, EXPERT_SPARSITY, *_OWN_KEYS)}
     if any(key not in _BESIDE for key in rest) or rest.get("transform_config"):
         new[_QUANTIZATION] = {**rest, "quant_method": LEGACY_METHOD}
     return new
