@@ -195,7 +195,8 @@ class SinkAwareModifierBase(CalibratingModifierBase):
         with distributed.failing_together():
             handles = observer.attach(self.register_hook)
             run(observer.watching)
-            self._feed_experts(observer, targets, run, dense)
+        self._feed_experts(observer, targets, run, dense)
+        with distributed.failing_together():
             self.remove_hooks(handles)
             observer.require_reached()
             self._finite.require()
@@ -210,21 +211,29 @@ class SinkAwareModifierBase(CalibratingModifierBase):
         run: Callable[[Watch], None],
         dense: InputObserver | None,
     ) -> None:
-        """Replace the statistics of experts that got too few tokens; the run's watch is still attached."""
+        """Replace the statistics of experts that got too few tokens; the run's watch is still attached.
+
+        Experts that got tokens in other processes only have statistics without any here afterwards.
+        """
         if not observer.tokens_of_experts:
             return
-        everywhere = distributed.gather_objects(observer.tokens_of_experts)
+        everywhere = distributed.gather_objects((observer.tokens_of_experts, observer.leaders))
         # Without any token there are no statistics at all.
         floor = max(self.min_expert_tokens, 1)
-        hungry = {key for key in everywhere[0] if sum(part[key] for part in everywhere) < floor}
-        if not hungry:
-            return
-        self._fed_experts |= hungry
-        for target in targets:
-            if target.expert and target.expert.key in hungry and observer.leaders.get(target.name) == target.name:
-                self._take_statistics(target.name)
-        with observer.all_tokens(hungry), contextlib.nullcontext() if dense is None else dense.all_tokens(hungry):
-            run(observer.watching)
+        hungry = {key for key in everywhere[0][0] if sum(tokens[key] for tokens, _ in everywhere) < floor}
+        if hungry:
+            self._fed_experts |= hungry
+            with distributed.failing_together():
+                for target in targets:
+                    if target.expert and target.expert.key in hungry and observer.leads(target.name):
+                        self._take_statistics(target.name)
+                with (
+                    observer.all_tokens(hungry),
+                    contextlib.nullcontext() if dense is None else dense.all_tokens(hungry),
+                ):
+                    run(observer.watching)
+        with distributed.failing_together():
+            observer.note_unreached({name: leader for _, leaders in everywhere for name, leader in leaders.items()})
 
     def _prune(self, targets: Sequence[PruningTarget], leaders: dict[str, str]) -> None:
         """Prune targets whose statistics are complete.

@@ -55,6 +55,8 @@ class HessianModifierBase(AllocatingModifierBase):
     _drifts: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
     # Inputs that the dense model gives in the pass that is being run; of experts with the tokens they are of.
     _dense_inputs: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = PrivateAttr(default_factory=dict)
+    # Whether inputs are compared with the dense model's.
+    _compares: bool = PrivateAttr(default=False)
     _samples: int = PrivateAttr(default=0)
 
     @model_validator(mode="before")
@@ -124,7 +126,7 @@ class HessianModifierBase(AllocatingModifierBase):
     ) -> None:
         assert not advance_dense  # error is always propagated
         dense = _DenseWeights()
-        two_streams = self.target == "dense"
+        two_streams = self._compares = self.target == "dense"
         for group in self._groups(block, targets):
             before = InputObserver(group, self._keep_dense_input, stop=True)
             handles = before.attach(self.register_hook) if two_streams else set()
@@ -171,9 +173,10 @@ class HessianModifierBase(AllocatingModifierBase):
                 groups[stages[stage_of(target)]].append(target)
         with distributed.failing_together():
             require_reached(targets, {target.name for group in groups.values() for target in group})
-        return [
-            part for group in groups.values() for part in (self._expert_groups([group]) if group[0].expert else [group])
-        ]
+        # The first pass of each process calls other experts, in another order.
+        order = {target.name: place for place, target in enumerate(targets)}
+        ordered = [sorted(group, key=lambda target: order[target.name]) for group in groups.values()]
+        return [part for group in ordered for part in (self._expert_groups([group]) if group[0].expert else [group])]
 
     def _level_groups(self, targets: Sequence[PruningTarget]) -> list[list[PruningTarget]]:
         rest = [target for target in targets if not target.expert]
@@ -222,6 +225,9 @@ class HessianModifierBase(AllocatingModifierBase):
         H = square_matrix(self._hessians, leader, x)
         accumulate_hessian(H, x, weights, each.square_scale)
         self._finite.note(H.diagonal(), leader, each.source)
+        if self._compares and isinstance(each, RoutedPass):
+            # There in every process, also where the dense model sends no token to this expert.
+            square_matrix(self._drifts, leader, x)
         if leader in self._dense_inputs:
             D = square_matrix(self._drifts, leader, x)
             dense, rows = self._dense_inputs.pop(leader)

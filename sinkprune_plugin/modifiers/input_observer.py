@@ -1,11 +1,12 @@
 """Hooks on the inputs of Linears; an input that several of them share (q/k/v, gate/up) is observed once."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from compressed_tensors.offload import get_execution_device
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.modifiers.passes import AllSeenError, CalibrationPass
@@ -34,8 +35,10 @@ class RoutedPass(CalibrationPass):
         """Split an input by the samples of the pass, of which each has a norm of its own.
 
         :param x: (1, n, C)
-        :return: (1, m, C) and its (1, m) weights, for each sample that has tokens here
+        :return: (1, m, C) and its (1, m) weights, for each sample that has tokens; once with none if none has
         """
+        if not len(self.rows):
+            yield x, self.row_weights
         samples = self.rows // self.tokens
         for sample in samples.unique().tolist():
             own = samples == sample
@@ -105,6 +108,28 @@ class InputObserver:
             yield
         finally:
             self._fed = None
+
+    def leads(self, name: str) -> bool:
+        """Whether statistics have been gathered under the name of a target.
+
+        :param name: the target's name
+        """
+        return self.leaders.get(name) == name
+
+    def note_unreached(self, leaders: Mapping[str, str]) -> None:
+        """Observe no tokens, once, for Linears of experts that got none here but some in other processes.
+
+        :param leaders: those of all processes
+        """
+        for target in self._targets:
+            if target.expert is None or target.name in self.leaders or target.name not in leaders:
+                continue
+            self.leaders[target.name] = leaders[target.name]
+            if self.leads(target.name):
+                device = torch.device(get_execution_device(target.module))
+                nothing = torch.zeros(1, 0, target.module.in_features, device=device)
+                each = RoutedPass({}, torch.zeros(1, 0, device=device), 1.0, "no sample")
+                self._observe(target.name, nothing, each)
 
     def attach(self, register_hook: Callable[..., Any]) -> set[Any]:
         """Register the hooks.

@@ -61,7 +61,8 @@ class SearchingModifierBase(SearchBase, SinkAwareModifierBase):
         with distributed.failing_together():
             handles = observer.attach(self.register_hook)
             block.run(observer.watching, advance=advance)
-            self._feed_experts(observer, group, block.run, None)
+        self._feed_experts(observer, group, block.run, None)
+        with distributed.failing_together():
             self.remove_hooks(handles)
             observer.require_reached()
             self._finite.require()
