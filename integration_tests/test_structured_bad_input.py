@@ -31,7 +31,11 @@ from sinkprune_plugin.modifiers.unit_targets import resolve_units
         ({"mlp_channels": 0.5, "sparsity": 0.5}, "no field `sparsity`: units are removed"),
         ({"mlp_channels": 0.5, "mask_structure": "2:4"}, "no field `mask_structure`: .*N:M follow in the recipe"),
         ({"mlp_channels": 0.5, "targets": ["Linear"]}, "no field `targets`: .*`ignore` leaves"),
-        ({"mlp_channels": 0.5, "min_expert_tokens": 5}, "no field `min_expert_tokens`: units of experts"),
+        ({"expert_channels": 1.5}, r"expert_channels 1\.5 is neither a share"),
+        (
+            {"expert_channels": 0.5, "mlp_channels": 0.5, "allocation": "error"},
+            "allocation error doesn't choose widths for experts, .*a SinkAwareStructuredModifier of its own",
+        ),
         ({"mlp_channels": 0.5, "compensate": False}, "score obs prices the removal"),
         ({"mlp_channels": 0.5, "score": "taylor"}, "magnitude"),
         ({"mlp_channels": [0.5, 0.4], "allocation": "error"}, "which a list fixes"),

@@ -84,6 +84,50 @@ def test_llada_moe_loses_heads_and_blocks(llada_moe, tokenizer, tmp_path):
     torch.testing.assert_close(logits(load_model(tmp_path / "small", torch.float32)), logits(model))
 
 
+@pytest.mark.parametrize("within_block", ["sequential", "parallel"])
+@pytest.mark.parametrize("family", ["llada2", "llada_moe"])
+def test_all_experts_of_a_block_lose_as_many_channels_each_its_own(family, within_block, tokenizer, tmp_path, request):
+    folder = request.getfixturevalue(family)
+    model = load_model(folder, torch.float32)
+    width = block_sizes(model)[-1].mlp_channels
+    # Hessians of a few experts at once only: those of 40 channels take twice 6400 bytes.
+    fields = {"expert_hessian_gb": 3e-5, "min_expert_tokens": 4, "within_block": within_block}
+    modifier = structured(expert_channels=[0, 0.5, width - 8], attention_heads=2, **fields)
+    run_oneshot(model, tokenizer, modifier, WINDOWS)
+    sizes = block_sizes(model)
+    assert [size.mlp_channels for size in sizes[1:]] == [16 if family == "llada2" else 24, 8]
+    reference = with_units_zeroed(folder, model, modifier)
+    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=1e-5)
+    kept = [modifier._kept[unit.name] for unit in modifier._units if unit.kind == "expert_channels" and unit.block == 1]
+    assert len(kept) == sizes[1].experts
+    assert len({tuple(each.tolist()) for each in kept}) > 1
+    model.save_pretrained(tmp_path / "small")
+    again = load_model(tmp_path / "small", torch.float32)
+    assert block_sizes(again) == sizes
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-6)
+
+
+def test_the_channels_that_stay_are_those_that_the_routed_tokens_need(llada_moe, tokenizer):
+    """Wanda's score with plain sums over an expert's own tokens, each with the router's weight."""
+    dense, model = (load_model(llada_moe, torch.float32) for _ in range(2))
+    fields = {"score": "wanda", "compensate": False, "calibrate_on": "clean", "min_expert_tokens": 0, "sink_std": 1e6}
+    modifier = structured(expert_channels=[16, 0, 0], **fields)
+    run_oneshot(model, tokenizer, modifier, WINDOWS)
+    layer, inputs, routing = dense.model.layers[0].mlp, {}, []
+    for number, expert in enumerate(layer.experts):
+        expert.down_proj.register_forward_pre_hook(lambda _m, args, number=number: inputs.update({number: args[0]}))
+    layer.gate.register_forward_hook(lambda _m, _args, found: routing.append(found))
+    with torch.no_grad():
+        dense(WINDOWS)
+        for number, expert in enumerate(layer.experts):
+            _, weights = routing[0].rows_of(number)
+            moment = (inputs[number] * weights[:, None]).pow(2).sum(0)
+            # With the modifier's dampening.
+            expected = (expert.down_proj.weight.pow(2).sum(0) * (moment + 0.01 * moment.mean())).topk(24).indices
+            kept = modifier._kept[f"model.layers.0.mlp.experts.{number}.down_proj"]
+            assert set(kept.tolist()) == set(expected.tolist()), number
+
+
 def test_with_experts_and_single_weights_removed_in_one_recipe(llada2, tokenizer, tmp_path):
     model = load_model(llada2, torch.float32)
     recipe = [
@@ -118,6 +162,12 @@ def test_a_budget_of_parameters(allocation, llada2, tokenizer):
     ("family", "fields", "message"),
     [
         (
+            "llada2",
+            {"expert_channels": [8, 8, 8]},
+            "expert_channels: decoder block 0 has no routed experts",
+        ),
+        ("llada2", {"expert_channels": 5}, "expert_channels 5 leaves 27 of 32 channels of each expert.*: 24"),
+        (
             "llada_moe",
             {"mlp_channels": 0.5},
             "mlp_channels: every decoder block has routed experts only",
@@ -125,7 +175,7 @@ def test_a_budget_of_parameters(allocation, llada2, tokenizer):
         (
             "llada_moe",
             {"mlp_channels": [0, 0.5, 0], "attention_heads": 2},
-            "mlp_channels: decoder block 1 has routed experts only, .*remove whole experts with ExpertPruningModifier",
+            "mlp_channels: decoder block 1 has routed experts only; .*`expert_channels` for theirs, or remove",
         ),
         ("llada2", {"budget": "1.2x", "allocation": "error"}, "budget_of latency isn't known for routed experts"),
         (

@@ -87,11 +87,11 @@ def test_fused_experts_give_the_logits_of_separate_ones(layout, tmp_path, load, 
 
 
 def test_fewer_heads_and_channels(tmp_path, load, logits):
-    """A dense layer that lost channels and heads, and one with experts that lost a block's worth of heads."""
+    """A dense layer that lost channels and heads, and one whose experts lost channels."""
     config, _ = write(tmp_path / "whole", moe_layer_freq=[0, 1], num_key_value_heads=2)
     model = load_model(tmp_path / "whole", torch.float32)
     keep_units(model, 0, channels=torch.arange(32), heads=torch.tensor([0, 2]))
-    keep_units(model, 1, heads=torch.tensor([2, 3]))
+    keep_units(model, 1, heads=torch.tensor([2, 3]), expert_channels=[torch.arange(n, n + 32) for n in range(6)])
     model.save_pretrained(tmp_path / "small")
     tokens = tokens_of(config)
     with torch.no_grad():

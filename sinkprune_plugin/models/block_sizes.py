@@ -7,14 +7,14 @@ configuration says what the model is, so that ``save_pretrained`` and ``from_pre
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.models.catalogue import NATIVE_MODELS, Units, native_model
+from sinkprune_plugin.models.catalogue import NATIVE_MODELS, Experts, Units, native_model
 from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
 from sinkprune_plugin.models.sizes_in_config import (
     DENSE_KEY,
@@ -30,6 +30,7 @@ __all__ = [
     "BlockSizes",
     "block_sizes",
     "experts_in_block",
+    "experts_of_family",
     "keep_units",
     "record_dense",
     "remove_blocks",
@@ -113,11 +114,19 @@ def _sizes(block: nn.Module, units: Units, config: Any) -> BlockSizes:
     experts = experts_in_block(block, config)
     if experts is None:
         return BlockSizes(common, heads, key_value_heads)
+    width = _linear(experts[0], experts_of_family(config).down).in_features
+    return BlockSizes(width, heads, key_value_heads, len(experts), common)
+
+
+def experts_of_family(config: Any) -> Experts:
+    """Where the experts of a mixture are.
+
+    :param config: configuration of a native model with experts
+    """
     native = native_model(config)
     assert native is not None
     assert native.experts is not None
-    width = _linear(experts[0], native.experts.down).in_features
-    return BlockSizes(width, heads, key_value_heads, len(experts), common)
+    return native.experts
 
 
 def experts_in_block(block: nn.Module, config: Any) -> nn.ModuleList | None:
@@ -161,7 +170,12 @@ def require_own_weights(model: nn.Module) -> None:
 
 
 def keep_units(
-    model: nn.Module, block_index: int, *, channels: torch.Tensor | None = None, heads: torch.Tensor | None = None
+    model: nn.Module,
+    block_index: int,
+    *,
+    channels: torch.Tensor | None = None,
+    heads: torch.Tensor | None = None,
+    expert_channels: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """Remove all other units from one decoder block, in place; what stays keeps its order.
 
@@ -172,6 +186,7 @@ def keep_units(
     :param block_index: number of the block
     :param channels: (n,) int64, channels of the MLP or shared expert that stay; None: all
     :param heads: (m,) int64, query heads that stay; None: all
+    :param expert_channels: for each routed expert (n,) int64, its channels that stay, as many of each; None: all
     :raises UsageError: if nothing would stay, an index is out of range or there twice, the query heads don't fit the
         key and value heads, or a Linear shares its weight with another, is quantized by groups of columns or on the
         meta device
@@ -197,6 +212,12 @@ def keep_units(
         groups = _kept_groups(kept, sizes, where)
         columns[units.head_columns] = _elements(kept, head_dim)
         rows |= _head_rows(units, sizes, kept, groups, head_dim)
+    if expert_channels is not None:
+        names = experts_of_family(_config(model))
+        for number, kept in enumerate(_checked_experts(expert_channels, sizes, where)):
+            expert = f"{names.experts}.{number}"
+            rows |= {f"{expert}.{names.gate}": kept, f"{expert}.{names.up}": kept}
+            columns[f"{expert}.{names.down}"] = kept
     changed = {part: _linear(block, part) for part in (*rows, *columns)}
     _refuse_shared(model, changed, where)
     for part, linear in changed.items():
@@ -285,6 +306,15 @@ def _checked(indices: torch.Tensor, count: int, what: str) -> torch.Tensor:
     if bool((kept[1:] == kept[:-1]).any()):
         raise UsageError(f"{what}: {int(kept[1:][kept[1:] == kept[:-1]][0])} is named twice; name each once")
     return kept
+
+
+def _checked_experts(kept: Sequence[torch.Tensor], sizes: BlockSizes, where: str) -> list[torch.Tensor]:
+    if len(kept) != sizes.experts or len({len(each) for each in kept}) > 1:
+        raise UsageError(
+            f"{where}: channels of {len(kept)} experts are given, {sorted({len(each) for each in kept})} of each; give "
+            f"as many for each of its {sizes.experts} experts"
+        )
+    return [_checked(each, sizes.mlp_channels, f"{where}: channels of an expert") for each in kept]
 
 
 def _kept_groups(heads: torch.Tensor, sizes: BlockSizes, where: str) -> torch.Tensor:

@@ -35,8 +35,8 @@ class Units:
 
     Where one Linear is named as ``head_rows`` and twice as ``key_value_rows``, it has the queries' rows first, then the
     keys', then the values'. In a block with routed experts ``shared_rows`` and ``shared_columns`` are what
-    ``channel_rows`` and ``channel_columns`` are elsewhere: those of the expert that all tokens go to. Channels of
-    routed experts aren't removed.
+    ``channel_rows`` and ``channel_columns`` are elsewhere: those of the expert that all tokens go to. Where channels of
+    routed experts are, :class:`Experts` says.
     """
 
     channel_rows: tuple[str, ...]

@@ -36,7 +36,8 @@ _OPTIONS = frozenset(
     {
         *("n_layers", "n_heads", "n_kv_heads", "multi_query_attention", "mlp_hidden_size", "block_type"),
         *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_act"),
-        *("num_experts", "first_k_dense_replace", "moe_layer_freq", "dense_intermediate_size", "head_dim"),
+        *("num_experts", "first_k_dense_replace", "moe_layer_freq", "head_dim"),
+        *("dense_intermediate_size", "expert_intermediate_size", "moe_intermediate_size"),
         *(SIZES_KEY, DENSE_KEY, KEPT_KEY),
     }
 )

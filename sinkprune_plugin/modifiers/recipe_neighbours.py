@@ -20,6 +20,7 @@ from sinkprune_plugin.models.block_sizes import keep_units, remove_blocks
 from sinkprune_plugin.models.decoder_blocks import block_linears
 from sinkprune_plugin.modifiers.base import SinkAwareModifierBase
 from sinkprune_plugin.modifiers.unit_targets import UnitTarget
+from sinkprune_plugin.pruning.units import UnitKind
 
 __all__ = ["check_later_modifiers", "remove_units"]
 
@@ -95,12 +96,21 @@ def remove_units(
     if quantizers:
         for linear in block_linears(model).values():
             QuantizationMetadata.clear_all_qparams(linear)
-    for unit in units:
-        if unit.name in kept and unit.block not in gone:
-            members = unit.group.members(kept[unit.name])
-            keep_units(model, unit.block, **{unit.kind: members})
-            if not quantizers and is_module_quantized(unit.target.module):
-                _calibrate_weight(unit.target.module)
+    removed = [unit for unit in units if unit.name in kept and unit.block not in gone]
+    members: dict[tuple[int, UnitKind], list[torch.Tensor]] = {}
+    for unit in removed:
+        members.setdefault((unit.block, unit.kind), []).append(unit.group.members(kept[unit.name]))
+    for (block, kind), stay in members.items():
+        # All experts of a block at once, in their order.
+        if kind == "expert_channels":
+            keep_units(model, block, expert_channels=stay)
+        elif kind == "heads":
+            keep_units(model, block, heads=stay[0])
+        else:
+            keep_units(model, block, channels=stay[0])
+    for unit in removed:
+        if not quantizers and is_module_quantized(unit.target.module):
+            _calibrate_weight(unit.target.module)
     if gone:
         remove_blocks(model, gone)
     for quantizer in quantizers:

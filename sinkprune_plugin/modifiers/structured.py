@@ -62,8 +62,10 @@ class SinkAwareStructuredModifier(StructuredAllocation):
     Further fields: see :class:`HessianModifierBase` and :class:`SinkAwareFields`; of the latter ``sparsity``,
     ``mask_structure`` and ``targets`` don't exist here.
 
-    :param mlp_channels: channels of the gated MLP to remove: a share in [0, 1) or a number, for all blocks or one for
-        each
+    :param mlp_channels: channels to remove from the gated MLP, or from the expert that all tokens go to: a share in
+        [0, 1) or a number, for all blocks or one for each
+    :param expert_channels: channels to remove from each routed expert, likewise; all experts of a block lose as many,
+        each those that it needs least
     :param attention_heads: query heads to remove, likewise; with grouped-query attention whole groups go
     :param blocks: decoder blocks to remove, a share or a number
     :param granularity: ``{channels: 64, heads: 1}``: widths that stay are multiples of it. By default channels have 64
@@ -122,7 +124,8 @@ class SinkAwareStructuredModifier(StructuredAllocation):
                 )
         self._refuse_missing_units(model)
         # Where nothing of a kind goes, its Linears are left alone.
-        self._units = [unit for unit in units if self._ratio is not None or self._amount(unit)]
+        budgeted = [] if self._ratio is None else [unit for unit in units if unit.kind != "expert_channels"]
+        self._units = budgeted or [unit for unit in units if self._amount(unit)]
         self._widths = {unit.name: unit.group.kept(self._amount(unit)) for unit in self._units}
         self._targets = [unit.target for unit in self._units]
         self._blocks_left = blocks_that_stay(self.blocks, len(self._blocks))
@@ -137,9 +140,14 @@ class SinkAwareStructuredModifier(StructuredAllocation):
         if wrong or (not amounts and self.mlp_channels and len(without) == len(self._blocks)):
             where = f"decoder block {wrong[0]}" if wrong else "every decoder block"
             raise UsageError(
-                f"mlp_channels: {where} has routed experts only, whose channels stay; give 0 there, and remove whole "
-                "experts with ExpertPruningModifier"
+                f"mlp_channels: {where} has routed experts only; give 0 there, and `expert_channels` for theirs, or "
+                "remove whole experts with ExpertPruningModifier"
             )
+        amounts = self.expert_channels if isinstance(self.expert_channels, list) else []
+        wrong = [index for index, amount in enumerate(amounts) if amount and not routed[index]]
+        if wrong or (not amounts and self.expert_channels and not any(routed)):
+            where = f"decoder block {wrong[0]}" if wrong else f"{type(model).__name__}"
+            raise UsageError(f"expert_channels: {where} has no routed experts; give 0 there, and `mlp_channels`")
         if any(routed) and self._ratio is not None and self.budget_of != "parameters":
             raise UsageError(
                 f"budget_of {self.budget_of} isn't known for routed experts, of which each token takes a few; use "
@@ -235,6 +243,8 @@ def _described(model: torch.nn.Module) -> str:
     with disable_onloading():
         parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     what = f"{_range(channels)} channels and {_range(heads)} heads" if channels else f"{_range(heads)} heads"
+    experts = [each.mlp_channels for each in sizes if each.experts]
+    what += f", experts of {_range(experts)} channels" if experts else ""
     return f"{len(sizes)} blocks of {what}, {parameters:.1f} M parameters"
 
 

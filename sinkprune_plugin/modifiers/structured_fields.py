@@ -30,8 +30,6 @@ class StructuredFields(HessianModifierBase):
         "search_directory": "a search over widths keeps its levels in main memory",
         "allocation_note": "it belongs to a list of sparsities",
         "allocation_spread": "give `mlp_channels` a list with one value for each decoder block",
-        "min_expert_tokens": "units of experts aren't removed",
-        "expert_hessian_gb": "units of experts aren't removed",
     }
     # Fields that structured pruning hasn't, at the values that the base expects.
     sparsity: float | list[float] | None = Field(default=None, exclude=True)
@@ -40,10 +38,9 @@ class StructuredFields(HessianModifierBase):
     allocation_spread: float = Field(default=0.1, exclude=True)
     search_directory: str | None = Field(default=None, exclude=True)
     allocation_note: str | None = Field(default=None, exclude=True)
-    min_expert_tokens: int = Field(default=0, exclude=True)
-    expert_hessian_gb: float = Field(default=8.0, exclude=True)
 
     mlp_channels: Amounts = 0
+    expert_channels: Amounts = 0
     attention_heads: Amounts = 0
     blocks: Amount = 0
     granularity: dict[UnitKind, int] = Field(default_factory=dict)
@@ -79,7 +76,12 @@ class StructuredFields(HessianModifierBase):
         # In place of the base's check of sparsity and mask.
         self._structure = parse_mask_structure(self.mask_structure)
         self._grid = timestep_grid(self.diffusion_steps, self.sample_interval)
-        amounts = {"mlp_channels": self.mlp_channels, "attention_heads": self.attention_heads, "blocks": self.blocks}
+        amounts = {
+            "mlp_channels": self.mlp_channels,
+            "expert_channels": self.expert_channels,
+            "attention_heads": self.attention_heads,
+            "blocks": self.blocks,
+        }
         for name, amount in amounts.items():
             for each in amount if isinstance(amount, list) else [amount]:
                 check_amount(name, each)
@@ -100,6 +102,11 @@ class StructuredFields(HessianModifierBase):
                 "leave out; use score wanda or magnitude without compensation"
             )
         if self.allocation != "uniform":
+            if any(self.expert_channels) if isinstance(self.expert_channels, list) else self.expert_channels:
+                raise UsageError(
+                    f"allocation {self.allocation} doesn't choose widths for experts, which have one in a block; give "
+                    "`expert_channels` to a SinkAwareStructuredModifier of its own, with `allocation: uniform`"
+                )
             self._check_allocation(units)
         return self
 

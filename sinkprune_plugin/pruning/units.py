@@ -2,7 +2,8 @@
 
 A unit is what several Linears share: it is a row of those that write it and a column of the one that reads it.
 
-- A channel of the gated MLP: one row of the gate and up projections each, one column of the down projection.
+- A channel of the gated MLP: one row of the gate and up projections each, one column of the down projection. Those of a
+  routed expert are a kind of their own, of which every expert of a layer keeps as many.
 - A query head: ``head_dim`` rows of the query projection and columns of the attention's output projection. Where
   several query heads read one key and value head (grouped-query attention), the group is the unit, with its rows of
   the key and value projections.
@@ -21,7 +22,7 @@ from sinkprune_plugin.errors import UsageError
 
 __all__ = ["Amount", "UnitGroup", "UnitKind", "check_amount", "level_widths"]
 
-UnitKind = Literal["channels", "heads"]
+UnitKind = Literal["channels", "heads", "expert_channels"]
 
 # A number of units to remove, or a share of them.
 Amount = int | float
@@ -31,8 +32,8 @@ Amount = int | float
 class UnitGroup:
     """The units of one kind in one decoder block.
 
-    :param field: the recipe's field that says how many go, for messages: ``mlp_channels`` or ``attention_heads``
-    :param noun: what is counted: "channels" or "attention heads"
+    :param field: the recipe's field that says how many go, for messages, such as ``mlp_channels``
+    :param noun: what is counted, such as "attention heads"
     :param total: how many there are
     :param together: how many go together only: the query heads of a key and value head; 1 channel
     :param columns_each: columns of each in the Linear that reads it

@@ -159,3 +159,58 @@ def test_entries_need_not_repeat_the_shared_width_but_must_not_exceed_it(llada2)
         UsageError, match=r"sinkprune_block_sizes\[0\] must have the keys mlp_channels, attention_heads"
     ):
         sizes_in_config(model.config)
+
+
+@pytest.mark.parametrize("write", [write_llada2, write_llada_moe])
+@torch.no_grad()
+def test_experts_keep_channels_of_their_own_as_many_in_a_block(write, tmp_path):
+    changes = {"num_shared_experts": 0, "first_k_dense_replace": 0} if write is write_llada2 else {}
+    config, tensors = write(tmp_path / "dense", **changes)
+    model = load_model(tmp_path / "dense")
+    sizes, dense = block_sizes(model), json.loads((tmp_path / "dense/config.json").read_text())
+    for block, left in ((0, 8), (1, 8)):
+        kept = [torch.arange(number, number + left) for number in range(sizes[block].experts)]
+        keep_units(model, block, expert_channels=kept)
+        for number, channels in enumerate(kept):
+            without_columns(tensors, f"model.layers.{block}.mlp.experts.{number}.down_proj", channels.tolist())
+    if write is write_llada2:
+        expected = plain_llada2(tensors, config, TOKENS[0], block_visible(16, config["block_length"]))[None]
+    else:
+        expected = plain_llada_moe(tensors, config, TOKENS)
+    torch.testing.assert_close(model(TOKENS).logits, expected, **CLOSE)
+    saved = again(model, tmp_path / "small")
+    option = "moe_intermediate_size" if write is write_llada2 else "expert_intermediate_size"
+    assert saved[option] == 8
+    assert "sinkprune_block_sizes" not in saved
+    assert {key for key in dense if saved.get(key) != dense[key]} <= {option, "transformers_version", "torch_dtype"}
+
+
+def test_with_a_shared_expert_fewer_channels_of_the_others_need_the_key(llada2, tmp_path):
+    """The ordinary option is the width of both."""
+    folder, config, _ = llada2
+    model = load_model(folder)
+    for block in (1, 2):
+        keep_units(model, block, expert_channels=[torch.arange(16)] * 12)
+    saved = again(model, tmp_path / "small")
+    assert saved["moe_intermediate_size"] == config["moe_intermediate_size"]
+    assert [(entry["mlp_channels"], entry.get("shared_channels")) for entry in saved["sinkprune_block_sizes"]] == [
+        (72, None),
+        (16, 32),
+        (16, 32),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kept", "words"),
+    [
+        ([torch.arange(8)] * 11, r"channels of 11 experts are given, \[8\] of each; give as many for each of its 12"),
+        ([torch.arange(8)] * 11 + [torch.arange(7)], r"12 experts are given, \[7, 8\] of each"),
+        ([torch.arange(30, 38)] * 12, "channels of an expert are numbered from 0 to 31; there is none of number 37"),
+    ],
+)
+def test_channels_of_experts_that_cannot_be_kept(kept, words, llada2):
+    model = load_model(llada2[0])
+    before = block_sizes(model)
+    with pytest.raises(UsageError, match=words):
+        keep_units(model, 1, expert_channels=kept)
+    assert block_sizes(model) == before

@@ -170,6 +170,9 @@ class LLaDA2MoeConfig(PreTrainedConfig):
             self.intermediate_size = max(each.mlp_channels for each in dense)
         if routed:
             self.num_experts = max(each.experts for each in routed)
+            if not self.num_shared_experts:
+                # Otherwise it is the shared expert's width as well.
+                self.moe_intermediate_size = max(each.mlp_channels for each in routed)
 
     def check_supported(self) -> None:
         """Check that the native class computes what this configuration says.

@@ -163,6 +163,7 @@ class LLaDAMoEConfig(PreTrainedConfig):
             self.dense_intermediate_size = max(each.mlp_channels for each in dense)
         if routed:
             self.num_experts = max(each.experts for each in routed)
+            self.expert_intermediate_size = max(each.mlp_channels for each in routed)
 
     def check_supported(self) -> None:
         """Check that the native class computes what this configuration says.
