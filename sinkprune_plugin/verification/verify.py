@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tqdm import tqdm
 
 from sinkprune_plugin.devices import choose_device
 from sinkprune_plugin.errors import UsageError, short
@@ -126,7 +127,11 @@ def verify(
     peaks = None
     if options.peak_memory:
         # Before the models are in this process: all may not fit at once.
-        peaks = [peak_memory(path, workload, options.dtype, device) for path in (dense, pruned)]
+        with tqdm(total=2, desc="peak memory", unit="model", disable=None) as bar:
+            peaks = []
+            for path in (dense, pruned):
+                peaks.append(peak_memory(path, workload, options.dtype, device))
+                bar.update()
     dtype: Any = "auto" if options.dtype is None else getattr(torch, options.dtype)
     models = [load_model(path, dtype, device) for path in (dense, pruned)]
 
