@@ -1,5 +1,7 @@
 """Which experts should go: ELBO perplexity of a mixture after expert pruning, with every score.
 
+For comparison also with fewer channels of every expert.
+
     python benchmarks/study_experts.py MODEL [--calibration TEXT] [--test TEXT] [--shares 0.25 0.5] [--seeds 3]
                                        [--methods NAME ...] [--against NAME]
 
@@ -28,6 +30,8 @@ from sinkprune_plugin.text_windows import embedded_text, read_documents, token_w
 
 REFERENCE, RANDOM = "reap, clean", "random"
 SEARCH = "frequency, trajectory, allocation search"
+# All experts stay: this share of the channels of each goes, with what stays adapted.
+CHANNELS = "channels of every expert"
 METHODS: dict[str, dict[str, Any]] = {
     "aimer": {"score": "aimer"},
     "magnitude": {"score": "magnitude"},
@@ -44,6 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     # A quarter of the default budget: 6 blocks of 8 experts have few candidates.
     SEARCH: {"score": "frequency", "allocation": "search", "search_budget": 2**18},
+    CHANNELS: {"score": "obs"},
 }
 
 
@@ -97,11 +102,16 @@ class Study:
 
     def _measure(self, method: str, share: float, seed: int) -> list[float]:
         from sinkprune_plugin.modifiers.experts import ExpertPruningModifier
+        from sinkprune_plugin.modifiers.structured import SinkAwareStructuredModifier
 
         options = self._options
         windows = token_windows(self._documents, self._tokenizer, options.seq_len, options.samples, seed=seed)
         model = load_model(options.model, torch.float32)
-        modifier = ExpertPruningModifier(experts=share, seed=seed, **METHODS[method])
+        modifier: Any
+        if method == CHANNELS:
+            modifier = SinkAwareStructuredModifier(expert_channels=share, seed=seed, **METHODS[method])
+        else:
+            modifier = ExpertPruningModifier(experts=share, seed=seed, **METHODS[method])
         self._flow.run_oneshot(model, self._tokenizer, modifier, windows)
         self.experts[method].append(list(expert_counts(model.config).values()))
         return losses(model, self._test, options.noises)
