@@ -1,6 +1,7 @@
 """The scheduler's contract with vLLM, on a live scheduler whose worker is a list of numbers."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,7 +51,8 @@ def make(config):
 
 
 def request(name, prompt=20, max_tokens=None, **options):
-    resolved = SamplingOptions.resolve(**{"gen_length": 32, "block_length": 16, "steps": 8, **options})
+    grid = {key: options.pop(key) for key in ("on_grid", "offset") if key in options}
+    resolved = replace(SamplingOptions.resolve(**{"gen_length": 32, "block_length": 16, "steps": 8, **options}), **grid)
     settings = SamplingParams(max_tokens=max_tokens or resolved.gen_length, ignore_eos=True)
     attach_plan(settings, resolved)
     return Request(name, list(range(5, 5 + prompt)), settings, None)
@@ -132,6 +134,22 @@ def test_every_step_is_what_the_worker_counts(ahead, make):
     assert worker.run() == 1 + 8 + 3
     assert worker.finished == dict.fromkeys(CACHES, "length")
     assert [made.num_output_tokens for made in requests] == [32] * 4
+
+
+@BOTH
+@pytest.mark.parametrize(("budget", "passes"), [(512, 0), (64, 3), (40, 6)])
+def test_a_block_causal_prompt_in_chunks(ahead, budget, passes, make, config, monkeypatch):
+    """220 tokens, of which 12 are in the first block of 16; each chunk is whole blocks."""
+    # As for a model with such a context; this one's configuration has it off.
+    monkeypatch.setattr(config.scheduler_config, "enable_chunked_prefill", True)
+    worker = Worker(make(), ahead)
+    worker.scheduler.max_num_scheduled_tokens = budget
+    made = request("grid", prompt=220, cache="commit", on_grid=True, offset=12)
+    worker.add(made)
+    # Blocks of 4, 16 and 12 tokens have 1, 4 and 3 of the 8 steps, and the first two one more.
+    assert worker.run() == passes + 8 + 2
+    assert worker.finished == {"grid": "length"}
+    assert made.num_output_tokens == 32
 
 
 @BOTH
