@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.models.catalogue import NATIVE_MODELS, Experts, Units, native_model
+from sinkprune_plugin.models.catalogue import NATIVE_MODELS, Units, native_model
 from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
 from sinkprune_plugin.models.sizes_in_config import (
     DENSE_KEY,
@@ -25,18 +25,16 @@ from sinkprune_plugin.models.sizes_in_config import (
     ordinary_sizes,
     sizes_in_config,
 )
+from sinkprune_plugin.models.unit_linears import experts_in_block, experts_of_family, unit_linears
 
 __all__ = [
     "BlockSizes",
     "block_sizes",
-    "experts_in_block",
-    "experts_of_family",
     "keep_units",
     "record_dense",
     "remove_blocks",
     "require_own_weights",
     "settle_config",
-    "unit_linears",
     "units_of",
 ]
 
@@ -77,28 +75,6 @@ def block_sizes(model_or_config: Any) -> list[BlockSizes]:
     return [_sizes(block, units, config) for block in find_decoder_blocks(model_or_config)[1]]
 
 
-def unit_linears(block: nn.Module, units: Units) -> dict[str, tuple[str, ...]]:
-    """Linears of one block that share its units, by names within it.
-
-    :param block: a decoder block
-    :param units: what can be removed from blocks of the family
-    :return: ``heads`` and, unless all of the block's experts are routed, ``channels`` → those that write the units, and
-        last the one that reads them; none is there twice
-    """
-    found = {"heads": (*dict.fromkeys((units.head_rows, *units.key_value_rows)), units.head_columns)}
-    for rows, columns in ((units.channel_rows, units.channel_columns), (units.shared_rows, units.shared_columns)):
-        if columns is not None and _has(block, columns):
-            found["channels"] = (*rows, columns)
-    return found
-
-
-def _has(block: nn.Module, name: str) -> bool:
-    try:
-        return isinstance(block.get_submodule(name), nn.Linear)
-    except AttributeError:
-        return False
-
-
 def _config(model: nn.Module) -> Any:
     # To mypy an attribute of a Module is a tensor or a module.
     return model.config
@@ -116,34 +92,6 @@ def _sizes(block: nn.Module, units: Units, config: Any) -> BlockSizes:
         return BlockSizes(common, heads, key_value_heads)
     width = _linear(experts[0], experts_of_family(config).down).in_features
     return BlockSizes(width, heads, key_value_heads, len(experts), common)
-
-
-def experts_of_family(config: Any) -> Experts:
-    """Where the experts of a mixture are.
-
-    :param config: configuration of a native model with experts
-    """
-    native = native_model(config)
-    assert native is not None
-    assert native.experts is not None
-    return native.experts
-
-
-def experts_in_block(block: nn.Module, config: Any) -> nn.ModuleList | None:
-    """The routed experts of one block.
-
-    :param block: a decoder block of a native model
-    :param config: the model's configuration
-    :return: the list of them; None where there is none
-    """
-    native = native_model(config)
-    if native is None or native.experts is None:
-        return None
-    try:
-        experts = block.get_submodule(native.experts.experts)
-    except AttributeError:
-        return None
-    return experts if isinstance(experts, nn.ModuleList) else None
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:

@@ -12,7 +12,8 @@ from loguru import logger
 from pydantic import PrivateAttr
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.models.block_sizes import block_sizes, experts_in_block, unit_linears, units_of
+from sinkprune_plugin.models.block_sizes import block_sizes, units_of
+from sinkprune_plugin.models.unit_linears import experts_in_block, unit_linears
 from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.base import Solver
 from sinkprune_plugin.modifiers.block_influence import blocks_that_stay, least_influential, skipped

@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 from compressed_tensors.offload import disable_onloading
 
-from sinkprune_plugin.models.block_sizes import BlockSizes, block_sizes, unit_linears, units_of
+from sinkprune_plugin.models.block_sizes import BlockSizes, block_sizes, units_of
 from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
+from sinkprune_plugin.models.unit_linears import unit_linears
 from sinkprune_plugin.modifiers import distributed
 from sinkprune_plugin.modifiers.block_latency import time_blocks
 from sinkprune_plugin.modifiers.unit_targets import UnitTarget

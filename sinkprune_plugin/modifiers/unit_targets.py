@@ -7,16 +7,9 @@ import torch
 from compressed_tensors.utils import match_named_modules
 
 from sinkprune_plugin.errors import UsageError
-from sinkprune_plugin.models.block_sizes import (
-    BlockSizes,
-    block_sizes,
-    experts_in_block,
-    experts_of_family,
-    require_own_weights,
-    unit_linears,
-    units_of,
-)
+from sinkprune_plugin.models.block_sizes import BlockSizes, block_sizes, require_own_weights, units_of
 from sinkprune_plugin.models.decoder_blocks import find_decoder_blocks
+from sinkprune_plugin.models.unit_linears import experts_in_block, experts_of_family, unit_linears
 from sinkprune_plugin.modifiers.routed_experts import refuse_routed_experts
 from sinkprune_plugin.modifiers.routing import ExpertPlace, expert_places
 from sinkprune_plugin.modifiers.targets import PruningTarget
