@@ -15,6 +15,7 @@ from sinkprune_plugin.loading import load_model
 from sinkprune_plugin.models.block_attention import context_mask
 from sinkprune_plugin.sampling import denoise
 from sinkprune_plugin.sampling.batch_table import Column
+from sinkprune_plugin.verification.speed import Workload, vllm_sampler
 
 # Official files name a window, which the official network doesn't read; this one would show.
 SIZES = {
@@ -229,3 +230,13 @@ def test_what_the_model_was_not_trained_for_is_refused(engine, options, words):
 
     with pytest.raises(VLLMValidationError, match=words):
         engine.generate([{"prompt_token_ids": [5, 6]}], [params(16, **options)], use_tqdm=False)
+
+
+def test_a_measurement_of_speed_reads_its_prompts_each_time(folder):
+    workload = Workload(torch.tensor([prompt_of(140, 3)]), gen_length=8, block_length=8, steps=8, batch_sizes=(1,))
+    sampler = vllm_sampler(folder, workload, torch.float32, skip_tokenizer_init=True, num_gpu_blocks_override=8)
+    for _ in range(2):
+        sampler(workload.prompts, workload, "commit")
+    engine = sampler._engine._engine
+    (output,) = engine.generate([{"prompt_token_ids": workload.prompts[0].tolist()}], params(8), use_tqdm=False)
+    assert not output.num_cached_tokens

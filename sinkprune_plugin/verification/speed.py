@@ -164,6 +164,8 @@ class _VllmSampler:
             dtype=dtype,
             # Two engines share the machine, so that their runs can take turns.
             gpu_memory_utilization=0.42,
+            # Each run reads its prompts, also where a model's family allows that they are found again.
+            enable_prefix_caching=False,
             **options,
         )
 
