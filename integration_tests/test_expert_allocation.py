@@ -130,6 +130,28 @@ def test_the_files_and_the_loaded_model_lose_the_same_and_the_saved_recipe_says_
     assert f"ExpertPruningModifier: experts removed by block {text} ({allocation})" in done.stderr.splitlines()
 
 
+def test_the_command_says_from_which_blocks_experts_go(folder, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    fields = "experts: 0.25, score: frequency, allocation: early_sparser, diffusion_steps: 4, sample_interval: 2"
+    recipe.write_text(f"s_stage: {{s_modifiers: {{ExpertPruningModifier: {{{fields}}}}}}}")
+    options = ("--recipe", recipe, "--num-samples", 2, "--seq-len", 24, "--output", tmp_path / "out")
+    done = run_here("prune", folder, *options)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    name = "ExpertPruningModifier"
+    beginnings = [
+        "loading ",
+        "pruning with recipe.yaml (2 × 24 tokens, ",
+        f"{name}: 4 passes + 4 passes through 4 blocks",
+        f"{name}: experts removed by block 0, ",
+        f"{name}: ",
+        f"writing {tmp_path}",
+    ]
+    assert len(lines) == len(beginnings), lines
+    assert all(map(str.startswith, lines, beginnings)), lines
+    assert " of 8 experts stay in each of 3 blocks (frequency)" in lines[4]
+
+
 @pytest.mark.usefixtures("small_search")
 @pytest.mark.parametrize("score", ["magnitude", "frequency"])
 def test_a_search_keeps_the_total_and_its_result_is_in_the_fields(score, folder, tokenizer):
