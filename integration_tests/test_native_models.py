@@ -4,10 +4,14 @@ import json
 
 import pytest
 import torch
-from official_checkpoints import write_dream
+from nemotron_labs_checkpoints import write_nemotron_labs
+from official_checkpoints import write_dream, write_llada2, write_llada_moe
 from safetensors.torch import load_file
+from sdar_checkpoints import write_sdar
 
-from sinkprune_plugin.loading import EMBEDDED_MODEL
+from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
+from sinkprune_plugin.models.decoder_blocks import block_linears
+from sinkprune_plugin.modifiers.oneshot_flow import run_oneshot, stock_modifier
 
 DREAM_SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
 
@@ -84,6 +88,38 @@ def test_stock_modifiers_and_ours_prune_the_native_classes(kind, modifier, dream
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     assert type(again).__module__.startswith("sinkprune_plugin.")
     assert torch.equal(again.state_dict()[f"{head}.weight"], saved[f"{head}.weight"])
+
+
+OTHERS = {
+    "nemotron": (write_nemotron_labs, {}),
+    "nemotron, queries not scaled": (
+        write_nemotron_labs,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+    "sdar": (write_sdar, {}),
+    "llada2": (write_llada2, {}),
+    "llada-moe": (write_llada_moe, {}),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_stock_sparsegpt_traces_and_prunes_the_other_families(family, tmp_path):
+    """Half of the rows of every Linear within the blocks, routers excepted, which aren't Linears."""
+    write, changes = OTHERS[family]
+    write(tmp_path, vocab_size=2048, **changes)
+    load_tokenizer(EMBEDDED_MODEL).save_pretrained(tmp_path)
+    model, original = load_model(tmp_path, torch.float32), load_model(tmp_path, torch.float32)
+    windows = torch.randint(4, 2048, (4, 32), generator=torch.Generator().manual_seed(0))
+    run_oneshot(model, load_tokenizer(tmp_path), stock_modifier("SparseGPTModifier", 0.5, "0:0"), windows)
+    linears = block_linears(original)
+    assert len(linears) > 10
+    before = original.state_dict()
+    for name, weight in model.state_dict().items():
+        if name.removesuffix(".weight") in linears:
+            # By a threshold over blocks of 128 columns, and few rows here.
+            assert zeros(weight) == pytest.approx(0.5, abs=5e-3), name
+        else:
+            assert torch.equal(weight, before[name]), name
 
 
 def test_oneshot_loads_and_saves_by_path_with_the_tokenizer(tmp_path):

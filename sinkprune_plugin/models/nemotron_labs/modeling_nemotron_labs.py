@@ -82,8 +82,10 @@ class NemotronLabsEncoder(DecoderModel):
     def position_embeddings(self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None) -> Positions:
         """See :meth:`DecoderModel.position_embeddings`."""
         tables = super().position_embeddings(hidden_states, position_ids)
-        scale = self.query_scale(hidden_states, position_ids)
-        return tables if scale is None else (*tables, scale)
+        if self.query_scale.scaling is None:
+            return tables
+        # One by one: llm-compressor traces this method, and what a module gives can't be iterated then.
+        return tables[0], tables[1], self.query_scale(hidden_states, position_ids)
 
 
 class NemotronLabsDiffusionModel(DecoderLM):
