@@ -1,7 +1,10 @@
 """Whole experts leave a LLaDA-MoE model: in plain oneshot() and in the files, with every score."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -199,6 +202,34 @@ def test_the_recipes_run_and_say_one_line_for_each_stage(name, runs, checkpoint,
     assert len(lines) == (4 if name == "aimer" else 5), lines
     assert load_model(tmp_path / "out").config.num_experts == 6
     assert json.loads((tmp_path / "out" / "sinkprune_provenance.json").read_text())["settings"]["recipe"]
+
+
+def test_a_checkpoint_on_the_hub_is_pruned_in_its_files_too(checkpoint, tmp_path):
+    """As the hub's cache has it, without a network. Its windows and its length are the command's defaults: no text."""
+    folder, _, _ = checkpoint
+    repository = tmp_path / "cache" / "models--owner--moe"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abc")
+    snapshot, blobs = repository / "snapshots" / "0123abc", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in folder.iterdir():
+        shutil.copy(file, blobs / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    output, recipe = tmp_path / "out", RECIPES / "aimer.yaml"
+    command = ("prune", "owner/moe", "--recipe", str(recipe), "--output", str(output))
+    done = subprocess.run(
+        [sys.executable, "-m", "sinkprune_plugin", *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "scoring experts with" in done.stderr
+    assert CheckpointReader(output).config["num_experts"] == 6
+    assert not any(file.is_symlink() for file in output.iterdir())
+    assert json.loads((output / "sinkprune_provenance.json").read_text())["settings"]["model"] == "owner/moe"
 
 
 @pytest.mark.parametrize("score", ["aimer", "reap"])

@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 __all__ = [
     "EMBEDDED_MODEL",
     "default_sequence_length",
+    "fetch_files",
     "load_config",
     "load_model",
     "load_tokenizer",
     "maximum_length",
 ]
 
+# The same weights in formats that nothing here reads file by file.
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*")
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny-llada"
 
 
@@ -67,6 +70,19 @@ def load_config(name: str | Path) -> Any:
 
     with _in_one_line("configuration", name):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def fetch_files(name: str | Path) -> Path:
+    """Fetch all files of a model on the hub that aren't in its cache yet, of the weights those in safetensors.
+
+    :param name: hub name
+    :return: the directory in the cache
+    :raises UsageError: if they can't be fetched
+    """
+    from huggingface_hub import snapshot_download
+
+    with _in_one_line("files", name):
+        return Path(snapshot_download(str(name), ignore_patterns=list(_OTHER_WEIGHTS)))
 
 
 def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":

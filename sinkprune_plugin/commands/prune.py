@@ -9,12 +9,12 @@ from sinkprune_plugin.commands.prune_experts import modifier_without_data, prune
 from sinkprune_plugin.devices import choose_device
 from sinkprune_plugin.errors import UsageError, reason_of, short
 from sinkprune_plugin.inputs import check_checkpoint, load_inputs
-from sinkprune_plugin.loading import load_model
+from sinkprune_plugin.loading import fetch_files, load_config, load_model
 from sinkprune_plugin.modifiers import check_llmcompressor, load_oneshot_flow
 from sinkprune_plugin.outputs import check_output, new_directory
 from sinkprune_plugin.provenance import write_provenance
 from sinkprune_plugin.recipe_files import RECIPE_FILE, read_recipe
-from sinkprune_plugin.steps import quiet_steps
+from sinkprune_plugin.steps import Steps, quiet_steps
 from sinkprune_plugin.text_windows import embedded_text
 
 __all__ = ["prune"]
@@ -59,9 +59,10 @@ def prune(
     place = choose_device(device)
     with quiet_steps(verbose=verbose) as steps:
         modifier = modifier_without_data(recipe, text, content)
-        if modifier is not None and _in_files(model_name):
+        source = None if modifier is None else _directory_of_experts(model_name, steps)
+        if modifier is not None and source is not None:
             prune_experts_in_files(
-                model_name, modifier, recipe, text, content, output, overwrite=overwrite, steps=steps
+                model_name, source, modifier, recipe, text, content, output, overwrite=overwrite, steps=steps
             )
             return output
     # Around all of the work: a result whose place was taken meanwhile is kept next to it.
@@ -117,11 +118,24 @@ def prune(
     return output
 
 
-def _in_files(model_name: str) -> bool:
+def _directory_of_experts(model_name: str, steps: Steps) -> Path | None:
+    """Where the files of a mixture are, those of a hub in its cache; None for files that can't be pruned by themselves.
+
+    :param model_name: directory or hub name
+    :param steps: the command's display
+    :raises UsageError: if files are damaged or can't be fetched, or the family has no experts
+    """
+    from sinkprune_plugin.models.expert_lists import experts_of
     from sinkprune_plugin.modifiers.expert_files import has_expert_files
 
     check_checkpoint(model_name)
-    return has_expert_files(model_name)
+    directory = Path(model_name)
+    if not directory.is_dir():
+        # Before gigabytes are fetched.
+        experts_of(load_config(model_name))
+        with steps.step(f"fetching {model_name}"):
+            directory = fetch_files(model_name)
+    return directory if has_expert_files(directory) else None
 
 
 def _check_saving(model: Any, tokenizer: Any, directory: Path) -> None:

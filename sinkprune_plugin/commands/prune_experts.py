@@ -37,6 +37,7 @@ def modifier_without_data(recipe: Path, text: str, content: dict[str, Any]) -> "
 
 def prune_experts_in_files(
     model_name: str,
+    source: Path,
     modifier: "ExpertPruningModifier",
     recipe: Path,
     text: str,
@@ -48,7 +49,8 @@ def prune_experts_in_files(
 ) -> None:
     """Score the experts of a checkpoint and write it without the least important ones.
 
-    :param model_name: directory of the checkpoint
+    :param model_name: what the user calls the checkpoint
+    :param source: its directory
     :param modifier: what is to be done
     :param recipe: the recipe's file
     :param text: its text, for the record
@@ -62,11 +64,11 @@ def prune_experts_in_files(
 
     with new_directory(output, overwrite=overwrite) as directory:
         with steps.step(f"reading {model_name}"):
-            check_checkpoint(model_name)
-            earlier = Path(model_name) / RECIPE_FILE
+            check_checkpoint(source)
+            earlier = source / RECIPE_FILE
             if earlier.is_file():
                 read_recipe(earlier)
-            files = ExpertFiles(model_name, modifier)
+            files = ExpertFiles(source, modifier)
             check_output(output, overwrite=overwrite, needed_bytes=files.written_bytes)
         with steps.step(f"scoring experts with {recipe.name} (no data, weights read from the files)"):
             kept = files.choose(files.scores())
