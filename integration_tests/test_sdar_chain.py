@@ -5,10 +5,14 @@ import json
 import pytest
 import torch
 from command_line import run_here
+from plain_llada2 import block_visible
+from plain_sdar import plain_sdar
 from recovered_experts import check_recovery_keeps_the_zeros
 from sdar_checkpoints import write_sdar
 
+from sinkprune_plugin.diffusion import resolve_diffusion, sample_generator
 from sinkprune_plugin.formats import load_sparse_checkpoint
+from sinkprune_plugin.lm_eval.conditional_likelihood import answer_log_likelihoods, masked_counts
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 
 ADMM = """prune_stage:
@@ -103,3 +107,44 @@ def test_its_mixture_is_refused_with_what_to_use(dense, tmp_path):
     done = run_here("verify", tmp_path, dense, "--output", tmp_path / "out")
     assert done.returncode == 2
     assert "SDAR-MoE's experts have no class here" in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("length", [5, 16, 19])
+def test_the_likelihood_of_an_answer_is_the_sum_over_the_blocks_of_the_grid(dense, length):
+    """Against one sample and one block at a time with the plain forward; the first may have a part of the context."""
+    config, tensors = json.loads((dense / "config.json").read_text()), dict(load_sparse_checkpoint(dense).items())
+    model = load_model(dense, torch.float32)
+    context, answer = list(range(30, 30 + length)), list(range(70, 82))
+    tokens = torch.tensor([*context, *answer])
+    (found,) = answer_log_likelihoods(model, context, [answer], resolve_diffusion(model.config), mc_num=3, seed=4)
+    generator = sample_generator(4, 3, tokens)
+    counts = masked_counts(12, 3, generator)
+    ranks = torch.rand(3, 12, generator=generator).argsort(dim=1).argsort(dim=1)
+    total = 0.0
+    for count, rank in zip(counts.tolist(), ranks, strict=True):
+        noisy = tokens.clone()
+        noisy[length:][rank < count] = 2
+        for first in range(length // 8 * 8, len(tokens), 8):
+            end = min(first + 8, len(tokens))
+            ids = torch.cat([tokens[:first], noisy[first:end]])
+            log_p = plain_sdar(tensors, config, ids, block_visible(end, 8)).log_softmax(-1)
+            masked = [place for place in range(first, end) if noisy[place] == 2]
+            total += sum(log_p[place, tokens[place]].item() for place in masked) * 12 / count / 3
+    assert found == pytest.approx(total, rel=1e-4)
+
+
+def test_lm_eval_answers_as_denoise_does(dense, tasks):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness isn't installed (sinkprune-plugin[eval])")
+    from test_lm_eval import evaluate, samples_of
+
+    from sinkprune_plugin.sampling import denoise
+
+    results = evaluate(["own_choice", "own_cloze"], tasks[0], pretrained=dense, mc_num=2, dtype="float32")
+    model, tokenizer = load_model(dense, torch.float32), load_tokenizer(dense)
+    sample = samples_of(results, "own_cloze")[0]
+    prompt = tokenizer.encode(sample["doc"]["stem"], add_special_tokens=False)
+    (tokens,) = denoise(model, torch.tensor(prompt), gen_length=20, eos_token_ids={1}).sequences
+    text = tokenizer.decode([token for token in tokens.tolist() if token != 1], skip_special_tokens=True)
+    for stop in (".", ";"):
+        text = text.split(stop)[0]
+    assert sample["resps"][0][0] == text
