@@ -273,6 +273,26 @@ def test_a_model_whose_blocks_and_context_differ_in_causality_gets_a_backend_tha
     assert backend().name == "TRITON_ATTN"
 
 
+def test_defaults_of_a_checkpoint_that_every_request_would_be_refused_for_are_replaced(folders, make, log):
+    """vLLM fills them in for clients that send none, so that nobody could leave them out."""
+    file = folders / "llada2" / "generation_config.json"
+    file.write_text(json.dumps({"max_new_tokens": 2048, "repetition_penalty": 1.1, "temperature": 0.5, "top_k": 20}))
+    try:
+        config = make("llada2", diffusion_config={"canvas_length": 1000})
+        assert config.model_config.get_diff_sampling_param() == {
+            **{"max_tokens": 1000, "repetition_penalty": 1.0},
+            **{"temperature": 0.5, "top_k": 20},
+        }
+        assert sum("where generation_config.json has" in line for line in log) == 1
+        log.clear()
+        file.write_text(json.dumps({"max_new_tokens": 64, "temperature": 0.5}))
+        config = make("llada2", diffusion_config={"canvas_length": 1000})
+        assert config.model_config.get_diff_sampling_param() == {"max_tokens": 64, "temperature": 0.5}
+        assert not any("generation_config.json" in line for line in log)
+    finally:
+        file.unlink()
+
+
 @pytest.mark.parametrize(("context", "budget"), [("LLM_CLASS", 16384), ("OPENAI_API_SERVER", 8192)])
 def test_a_block_causal_model_keeps_what_others_lose(context, budget, make, log):
     """Chunks, the prefix cache with pages of whole blocks, and the whole length of the model's configuration."""

@@ -103,6 +103,7 @@ def configure(vllm_config: Any) -> None:
     _refuse(vllm_config)
     canvas = _set_canvas(vllm_config)
     _set_requests(vllm_config, canvas)
+    _set_request_defaults(vllm_config.model_config, canvas)
     _set_scheduler(vllm_config)
     _set_prompts(vllm_config, canvas)
     if current_platform.is_cpu():
@@ -204,6 +205,26 @@ def _set_requests(vllm_config: Any, canvas: int) -> None:
             canvas,
             size,
         )
+
+
+def _set_request_defaults(model_config: Any, canvas: int) -> None:
+    """Keep vLLM from filling in, from ``generation_config.json``, what would get a client's request refused."""
+    from sinkprune_plugin.vllm.request_validation import REFUSED
+
+    given = model_config.get_diff_sampling_param()
+    kept = {name: REFUSED[name] for name, value in given.items() if name in REFUSED and value != REFUSED[name]}
+    if given.get("max_tokens", 0) > canvas:
+        # What transformers calls it, and vLLM reads.
+        kept["max_new_tokens"] = canvas
+    if kept:
+        named = {name: given["max_tokens" if name == "max_new_tokens" else name] for name in kept}
+        _logger().info(
+            "defaults of requests %s, where generation_config.json has %s: no request can have more than the canvas or "
+            "those penalties",
+            kept,
+            named,
+        )
+        model_config.override_generation_config = {**model_config.override_generation_config, **kept}
 
 
 def _set_scheduler(vllm_config: Any) -> None:
