@@ -40,6 +40,8 @@ NOT_RUN = {
     "python tools/train_tiny_llada.py train.jsonl": "takes half an hour; test_train_tiny_llada.py trains such a model",
     "python benchmarks/study.py --results": "takes hours; test_study.py runs a cell of it",
     "python benchmarks/experts.py --layers": "writes 40 GB; test_expert_benchmarks.py runs a small one",
+    "python benchmarks/study_blocks.py": "takes minutes; test_study_blocks.py runs a small one",
+    "python tools/lengthen_tiny_llada.py train.jsonl": "takes minutes; test_lengthen_tiny_llada.py trains a small one",
     "python benchmarks/study_experts.py": "takes minutes; test_expert_benchmarks.py runs a small one",
     ".venv/bin/pre-commit install": "writes into the repository",
     'from llmcompressor import oneshot\n\noneshot(\n    model="GSAI-ML': "test_oneshot_data.py runs it as printed",

@@ -3,10 +3,9 @@
 Its context is read block by block, each block a sequence of its own to the attention kernel, many in one forward pass.
 """
 
-import random
-
 import pytest
 import torch
+from block_requests import check, check_preempted, params, prompt_of
 from official_checkpoints import write_llada2
 from step_recorder import Recorder
 from vllm_engine import make_engine
@@ -48,31 +47,6 @@ def engine(folder):
 @pytest.fixture(scope="module")
 def plain(folder):
     return load_model(folder, torch.float32)
-
-
-def prompt_of(length, seed):
-    return torch.randint(4, 88, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def params(max_tokens, stop=(), **options):
-    from vllm import SamplingParams
-
-    asked = {f"dlm_{name}": value for name, value in options.items()}
-    return SamplingParams(
-        max_tokens=max_tokens, stop_token_ids=list(stop), ignore_eos=True, detokenize=False, extra_args=asked
-    )
-
-
-def check(engine, plain, requests):
-    """One batch in the engine against one call of the sampler for each request."""
-    prompts = [{"prompt_token_ids": prompt} for prompt, _, _ in requests]
-    outputs = engine.generate(prompts, [params(n, **o) for _, n, o in requests], use_tqdm=False)
-    for (prompt, max_tokens, options), output in zip(requests, outputs, strict=True):
-        options = dict(options)
-        stop = options.pop("stop", None)
-        expected = denoise(plain, torch.tensor(prompt), gen_length=max_tokens, eos_token_ids=stop, **options)
-        tokens = list(output.outputs[0].token_ids)
-        assert tokens == expected.sequences[0].tolist(), (len(prompt), max_tokens, options)
 
 
 SHAPES = {
@@ -137,25 +111,7 @@ def test_a_step_holds_at_most_max_num_batched_tokens(engine, plain, scheduled):
 
 def test_a_request_that_is_preempted(engine, plain):
     """Its prompt and finished blocks are read again, at once, each block as it was at first."""
-    core = engine.llm_engine
-    scheduler = core.engine_core.engine_core.scheduler
-    rng = random.Random(1)
-    requests = [(prompt_of(19 + 9 * number, 50 + number), 32) for number in range(3)]
-    for number, (prompt, wanted) in enumerate(requests):
-        core.add_request(str(number), {"prompt_token_ids": prompt}, params(wanted))
-    tokens, preempted = {}, 0
-    while core.has_unfinished_requests():
-        for output in core.step():
-            tokens[int(output.request_id)] = list(output.outputs[0].token_ids)
-        running = [r for r in scheduler.running if 0 < r.num_output_tokens < 24]
-        if running and preempted < 4 and rng.random() < 0.3:
-            victim = rng.choice(running)
-            scheduler.running.remove(victim)
-            scheduler._preempt_request(victim, 0.0)
-            preempted += 1
-    assert preempted
-    for number, (prompt, wanted) in enumerate(requests):
-        assert tokens[number] == denoise(plain, torch.tensor(prompt), gen_length=wanted).sequences[0].tolist()
+    check_preempted(engine, plain, [(prompt_of(19 + 9 * number, 50 + number), 32) for number in range(3)])
 
 
 def cached(engine, prompt, max_tokens=9, **options):

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from block_requests import check, prompt_of
 from sdar_checkpoints import write_sdar
-from test_vllm_block_causal import SHAPES, check, prompt_of
+from test_vllm_block_causal import SHAPES
 from vllm_engine import make_engine
 
 from sinkprune_plugin.loading import load_model

@@ -1,7 +1,6 @@
 """The native Nemotron-Labs-Diffusion classes against a plain forward pass, on random official checkpoints."""
 
 import functools
-import json
 
 import pytest
 import torch
@@ -10,9 +9,8 @@ from hypothesis import strategies as st
 from nemotron_labs_checkpoints import write_nemotron_labs
 from official_checkpoints import TRACE
 from plain_nemotron_labs import frequencies, generation_visible, plain_nemotron_labs
-from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, Ministral3Config, Ministral3ForCausalLM
-from whole_models import load_whole, random_ids
+from whole_models import check_saved, load_whole, random_ids
 
 from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.block_attention import joint_mask
@@ -157,20 +155,8 @@ def test_auto_classes_load_it_without_running_its_files(checkpoint):
     assert not (folder / TRACE).exists()
 
 
-@torch.no_grad()
 def test_saving_keeps_tensor_names_values_and_official_keys(checkpoint, tmp_path):
-    folder, config, tensors, model = checkpoint
-    load(folder).save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "model.safetensors")
-    assert saved.keys() == tensors.keys()
-    assert all(torch.equal(saved[name], tensors[name]) for name in tensors)
-    written = json.loads((tmp_path / "config.json").read_text())
-    changing = {"transformers_version"}
-    assert {k: written.get(k, "missing") for k in config.keys() - changing} == {
-        k: config[k] for k in config.keys() - changing
-    }
-    ids = random_ids(config["vocab_size"], 1, 8)
-    assert torch.equal(load(tmp_path)(ids).logits, model(ids).logits)
+    check_saved(load, checkpoint, tmp_path)
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """The native SDAR classes against a plain forward pass, on random official checkpoints."""
 
 import functools
-import json
 
 import pytest
 import torch
@@ -10,10 +9,9 @@ from hypothesis import strategies as st
 from official_checkpoints import TRACE
 from plain_llada2 import block_visible
 from plain_sdar import plain_sdar
-from safetensors.torch import load_file
 from sdar_checkpoints import write_sdar
 from transformers import AutoModel, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
-from whole_models import load_whole, random_ids
+from whole_models import check_saved, load_whole, random_ids
 
 from sinkprune_plugin.diffusion import resolve_diffusion
 from sinkprune_plugin.errors import UsageError
@@ -103,18 +101,8 @@ def test_auto_classes_load_it_without_running_its_files(checkpoint):
     assert not (folder / TRACE).exists()
 
 
-@torch.no_grad()
 def test_saving_keeps_tensor_names_values_and_official_keys(checkpoint, tmp_path):
-    folder, config, tensors, model = checkpoint
-    load(folder).save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "model.safetensors")
-    assert saved.keys() == tensors.keys()
-    assert all(torch.equal(saved[name], tensors[name]) for name in tensors)
-    written = json.loads((tmp_path / "config.json").read_text())
-    for key in config.keys() - {"transformers_version"}:
-        assert written.get(key, "missing") == config[key], key
-    ids = random_ids(config["vocab_size"], 1, 8)
-    assert torch.equal(load(tmp_path)(ids).logits, model(ids).logits)
+    check_saved(load, checkpoint, tmp_path)
 
 
 def test_how_it_is_corrupted(tmp_path):
