@@ -125,7 +125,9 @@ def text_windows(
     """
     _check_length(config, length)
     source = dataset if dataset is not None else embedded_text(default)
-    windows = token_windows(read_documents(source), tokenizer, length, count, seed=seed)
+    # Shorter than the default windows of a published model.
+    remedy = "use a longer text than the package's own (--dataset)" if dataset is None else "use more text"
+    windows = token_windows(read_documents(source), tokenizer, length, count, seed=seed, remedy=remedy)
     _check_ids(config, windows)
     return windows
 

@@ -76,7 +76,13 @@ def token_stream(documents: Iterable[str], tokenizer: Any, enough: int | None = 
 
 
 def token_windows(
-    documents: Iterable[str], tokenizer: Any, seq_len: int, num_windows: int, *, seed: int | None = 0
+    documents: Iterable[str],
+    tokenizer: Any,
+    seq_len: int,
+    num_windows: int,
+    *,
+    seed: int | None = 0,
+    remedy: str = "use more text",
 ) -> torch.Tensor:
     """Cut documents into token windows that don't overlap and need no padding.
 
@@ -87,6 +93,7 @@ def token_windows(
     :param seq_len: tokens in a window, at least 8
     :param num_windows: windows wanted
     :param seed: a seeded choice among all windows, in random order; None takes the first ones in order
+    :param remedy: what a message says to do if the text is too short
     :return: (num_windows, seq_len) int64
     :raises UsageError: if the windows are too short or the text yields fewer of them
     """
@@ -98,7 +105,7 @@ def token_windows(
     if available < num_windows:
         raise UsageError(
             f"the text has {len(stream)} tokens, enough for {available} windows of {seq_len}, but {num_windows} were "
-            "asked for; use more text, fewer windows or shorter ones"
+            f"asked for; {remedy}, fewer windows or shorter ones"
         )
     windows = torch.tensor(stream[: available * seq_len], dtype=torch.int64).reshape(available, seq_len)
     if seed is None:

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sinkprune_plugin.errors import UsageError
+from sinkprune_plugin.inputs import text_windows
+from sinkprune_plugin.loading import EMBEDDED_MODEL, load_config, load_tokenizer
 from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
 
 EOS = 0
@@ -45,6 +47,20 @@ def test_windows_tile_the_stream_in_order(documents, seq_len):
     assert "".join(text_of(windows)) == stream[: available * seq_len]
     chosen = token_windows(documents, Characters(), seq_len, available, seed=3)
     assert sorted(text_of(chosen)) == sorted(text_of(windows)), "a seeded choice of all windows is a permutation"
+
+
+def test_who_names_no_text_is_told_which_one_is_too_short(tmp_path):
+    """What the defaults of `sinkprune prune` meet on a published model: 128 windows of 4096 tokens."""
+    config, tokenizer = load_config(EMBEDDED_MODEL), load_tokenizer(EMBEDDED_MODEL)
+    config.max_sequence_length = 4096
+    with pytest.raises(
+        UsageError, match="but 128 were asked for; use a longer text than the package's own .--dataset."
+    ):
+        text_windows(config, tokenizer, None, "calibration", 4096, 128, 0)
+    own = tmp_path / "own.txt"
+    own.write_text("We the people. " * 100)
+    with pytest.raises(UsageError, match="but 128 were asked for; use more text, fewer windows"):
+        text_windows(config, tokenizer, str(own), "calibration", 4096, 128, 0)
 
 
 def test_a_seed_chooses_the_same_windows_and_more_of_them_begin_alike():
