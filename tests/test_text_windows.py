@@ -53,9 +53,7 @@ def test_who_names_no_text_is_told_which_one_is_too_short(tmp_path):
     """What the defaults of `sinkprune prune` meet on a published model: 128 windows of 4096 tokens."""
     config, tokenizer = load_config(EMBEDDED_MODEL), load_tokenizer(EMBEDDED_MODEL)
     config.max_sequence_length = 4096
-    with pytest.raises(
-        UsageError, match=r"but 128 were asked for; use a longer text than the .* own \(--dataset\)"
-    ):
+    with pytest.raises(UsageError, match=r"but 128 were asked for; use a longer text than the .* own \(--dataset\)"):
         text_windows(config, tokenizer, None, "calibration", 4096, 128, 0)
     own = tmp_path / "own.txt"
     own.write_text("We the people. " * 100)
