@@ -6,6 +6,7 @@ committed docs/study-results.json, so that the page can be regenerated without a
 
     python benchmarks/study.py --results study.jsonl
     python benchmarks/study.py --results study.jsonl --model tiny-gqa     # the second model, see docs/study.md
+    python benchmarks/study.py --results study.jsonl --model tiny-long --name tiny-long     # the third
     python benchmarks/study.py --results study.jsonl --report
     python benchmarks/study.py --report
 """
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from loguru import logger
 from study_cache import dense_runs
-from study_cells import EMBEDDED, PATTERNS, SECOND, SWEEPS, SWEPT, Cell, cells, makers
+from study_cells import ALL_MODELS, EMBEDDED, LONG, PATTERNS, SECOND, SWEEPS, SWEPT, Cell, cells, makers
 from study_sinks import share_meters
 from tqdm import tqdm
 
@@ -34,6 +35,8 @@ from sinkprune_plugin.text_windows import embedded_text, read_documents, token_w
 
 # Calibration and evaluation.
 WINDOWS, SEQ_LEN = 16, 256
+# As many tokens in longer windows.
+LONG_WINDOWS, LONG_SEQ_LEN = 4, 1024
 TEST_WINDOWS, CORRUPTIONS = 24, 8
 
 
@@ -41,14 +44,16 @@ class Bench:
     """Text, tokenizer and evaluation, made once.
 
     :param directory: the model
+    :param name: which one of the study's it is
     """
 
-    def __init__(self, directory: Path = EMBEDDED_MODEL) -> None:
+    def __init__(self, directory: Path = EMBEDDED_MODEL, name: str = EMBEDDED) -> None:
         self.directory = directory
+        self.windows, self.seq_len = (LONG_WINDOWS, LONG_SEQ_LEN) if name == LONG else (WINDOWS, SEQ_LEN)
         self.tokenizer = load_tokenizer(directory)
         self.calibration_text = read_documents(embedded_text("calibration"))
         test = read_documents(embedded_text("test"))
-        self.test = token_windows(test, self.tokenizer, SEQ_LEN, TEST_WINDOWS, seed=0)
+        self.test = token_windows(test, self.tokenizer, self.seq_len, TEST_WINDOWS, seed=0)
 
     def prune(self, cell: Cell) -> tuple[Any, float]:
         """Prune a fresh model.
@@ -64,7 +69,7 @@ class Bench:
         if cell.method == "magnitude":
             prune_by_magnitude(model, sparsity, structure)
             return model, time.monotonic() - started
-        windows = WINDOWS
+        windows = self.windows
         maker = makers()[cell.method]
         if cell.group == "windows":
             windows = int(cell.value)
@@ -74,7 +79,7 @@ class Bench:
         assert maker is not None  # magnitude, the one method without, is done above
         # Cells with the same data share one run of the dense model.
         dense_runs.data = (cell.seed, windows)
-        data = token_windows(self.calibration_text, self.tokenizer, SEQ_LEN, windows, seed=cell.seed)
+        data = token_windows(self.calibration_text, self.tokenizer, self.seq_len, windows, seed=cell.seed)
         run_oneshot(model, self.tokenizer, maker(sparsity, structure, cell.seed), data)
         return model, time.monotonic() - started
 
@@ -83,8 +88,8 @@ class Bench:
 
         :return: mask → ``positions`` or name of the Linear → share
         """
-        dense_runs.data = (0, WINDOWS)
-        data = token_windows(self.calibration_text, self.tokenizer, SEQ_LEN, WINDOWS, seed=0)
+        dense_runs.data = (0, self.windows)
+        data = token_windows(self.calibration_text, self.tokenizer, self.seq_len, self.windows, seed=0)
         found = {}
         for label, meter in share_meters().items():
             modifier = meter()
@@ -143,25 +148,28 @@ def finished(results: Path) -> Iterator[dict[str, Any]]:
                 continue
 
 
-def run(results: Path, limit: int | None = None, *, model: Path | None = None, shard: str = "0/1") -> None:
+def run(
+    results: Path, limit: int | None = None, *, model: Path | None = None, name: str = SECOND, shard: str = "0/1"
+) -> None:
     """Run the cells of one model that aren't done yet.
 
     :param results: JSON lines, appended to
     :param limit: number of cells at most
-    :param model: directory of the second model; None for the embedded one
+    :param model: directory of another model; None for the embedded one
+    :param name: which one of the study's it is
     :param shard: ``i/n``: every n-th cell, beginning with the i-th
     """
     logger.remove()
     done = {record["key"] for record in finished(results)}
     first, step = (int(part) for part in shard.split("/"))
-    name = EMBEDDED if model is None else SECOND
+    name = EMBEDDED if model is None else name
     todo = [cell for cell in cells() if cell.model == name and cell.key not in done][first::step][:limit]
     results.parent.mkdir(parents=True, exist_ok=True)
     if results.is_file() and not results.read_text(encoding="utf-8").endswith("\n"):
         # A run was killed in the middle of a line.
         with results.open("a", encoding="utf-8") as stream:
             stream.write("\n")
-    bench = Bench() if model is None else Bench(model)
+    bench = Bench() if model is None else Bench(model, name)
     shares = f"{name}/sink shares"
     if shares not in done and limit is None:
         _append(results, {"key": shares, "shares": bench.sink_shares()})
@@ -181,7 +189,10 @@ def main() -> None:
     """Run, or make the report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, help="JSON lines (default: study.jsonl; with --report the page's own)")
-    parser.add_argument("--model", type=Path, help="directory of the second model; without it the embedded one")
+    parser.add_argument("--model", type=Path, help="directory of another model; without it the embedded one")
+    parser.add_argument(
+        "--name", choices=ALL_MODELS[1:], default=SECOND, help=f"which one --model is (default {SECOND})"
+    )
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th of the open cells, beginning with the i-th")
     parser.add_argument("--limit", type=int, help="cells at most")
     parser.add_argument("--report", action="store_true", help="make tables, figure and docs/study-results.json")
@@ -195,7 +206,13 @@ def main() -> None:
         except UsageError as error:
             parser.exit(2, f"{error}\n")
     else:
-        run(arguments.results or Path("study.jsonl"), arguments.limit, model=arguments.model, shard=arguments.shard)
+        run(
+            arguments.results or Path("study.jsonl"),
+            arguments.limit,
+            model=arguments.model,
+            name=arguments.name,
+            shard=arguments.shard,
+        )
 
 
 if __name__ == "__main__":

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from study_cache import CachedADMM, CachedSparseGPT, CachedWanda
-from study_sinks import NO_MASK, sink_cells, sink_variants
+from study_sinks import NO_MASK, long_window_cells, sink_cells, sink_variants
 
 from sinkprune_plugin.modifiers.oneshot_flow import stock_modifier
 
 SEEDS = (0, 1, 2)
-# The embedded model, and one that tools/train_tiny_llada.py makes (see docs/study.md), given with --model.
-EMBEDDED, SECOND = "tiny-llada", "tiny-gqa"
+# The embedded model, and two that tools/ make (see docs/study.md), given with --model. The last one is the embedded
+# model trained further on longer windows, for the experiments with the sink mask alone.
+EMBEDDED, SECOND, LONG = "tiny-llada", "tiny-gqa", "tiny-long"
 MODELS = (EMBEDDED, SECOND)
+ALL_MODELS = (*MODELS, LONG)
 # Pattern → sparsity, mask structure; the last two outside the grid.
 PATTERNS = {
     "50 %": (0.5, "0:0"),
@@ -55,7 +57,7 @@ class Cell:
     :param pattern: see :data:`PATTERNS`
     :param seed: of calibration windows and corruption
     :param value: what is swept, as text; empty in the grid
-    :param model: one of :data:`MODELS`
+    :param model: one of :data:`ALL_MODELS`
     """
 
     group: str
@@ -209,4 +211,8 @@ def _later_cells() -> list[Cell]:
         found += [
             Cell("sinks", method, pattern, seed, model=model) for method, pattern in sink_cells() for seed in SEEDS
         ]
-    return found
+    found.append(Cell("grid", "dense", "", 0, model=LONG))
+    # All of a seed before the next one: what is left over then is whole seeds.
+    return found + [
+        Cell("sinks", method, pattern, seed, model=LONG) for seed in SEEDS for method, pattern in long_window_cells()
+    ]

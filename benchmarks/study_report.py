@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from study_cells import EMBEDDED, MODELS, Cell, cells
+from study_cells import ALL_MODELS, EMBEDDED, MODELS, Cell, cells
 from study_statistics import Windows, perplexity
 
 from sinkprune_plugin.errors import UsageError
@@ -79,7 +79,7 @@ def load_runs(records: Sequence[Mapping[str, Any]]) -> Runs:
     """
     by_key = {str(record["key"]): record["windows"] for record in records if "windows" in record}
     losses: dict[Cell, Windows] = {}
-    for model in MODELS:
+    for model in ALL_MODELS:
         dense = Cell("grid", "dense", "", 0, model=model).key
         if dense not in by_key:
             raise UsageError(f"cell {dense!r} is not done, which all others are compared with; run it first")

@@ -19,6 +19,7 @@ __all__ = [
     "NO_MASK_NAME",
     "SINK_PATTERNS",
     "WHERES",
+    "long_window_cells",
     "masks_of",
     "share_meters",
     "sink_cells",
@@ -178,3 +179,10 @@ def sink_cells() -> list[tuple[str, str]]:
     found += [(f"{kind}, low noise, {mask}", "75 %") for kind in KINDS for mask in pair]
     found += [(f"{kind}, {mask}", "2:4") for kind in KINDS for mask in WHERES]
     return found
+
+
+def long_window_cells() -> list[tuple[str, str]]:
+    """Method and pattern of the experiments on the model with longer windows."""
+    masks = (NO_MASK_NAME, MODEL_SINKS, *WHERES)
+    found = [(f"{kind}, {mask}", "75 %") for kind in KINDS for mask in masks]
+    return found + [(f"{kind}, {mask}", "2:4") for kind in KINDS for mask in masks[:2]]

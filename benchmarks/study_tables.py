@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from study_cells import (
+    ALL_MODELS,
     CHANGE_PATTERNS,
     EMBEDDED,
     GRID_PATTERNS,
@@ -88,6 +89,7 @@ def tables(runs: Runs) -> dict[str, str]:
     for model in MODELS:
         made[f"grid-{model}"] = _grid_table(runs, model, ("magnitude", "sink-aware Wanda", *MAIN))
         made[f"changes-{model}"] = _change_table(runs, model)
+    for model in ALL_MODELS:
         made[f"sinks-{model}"] = _sink_table(runs, model)
         made[f"shares-{model}"] = _share_table(runs, model)
     made["earlier"] = _grid_table(runs, EMBEDDED, [method for method in methods() if method not in MAIN])
