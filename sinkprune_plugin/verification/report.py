@@ -94,8 +94,8 @@ def headline(content: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "weights in memory",
             f"{size['pruned']['memory_bytes'] / 1e6:.2f} MB",
-            f"dense {size['dense']['memory_bytes'] / 1e6:.2f} MB; {100 * size['memory_ratio']:.1f} %, as the "
-            "transformers models hold them",
+            # As the transformers models hold them.
+            f"dense {size['dense']['memory_bytes'] / 1e6:.2f} MB; {100 * size['memory_ratio']:.1f} %",
         ),
         *_peaks(size),
         ("speed", *_speed(content["speed"])),
