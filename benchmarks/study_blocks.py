@@ -10,7 +10,6 @@ seeds.
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from loguru import logger
 from study_experts import losses
-from study_statistics import paired_difference, perplexity
+from study_statistics import in_percent, in_words, paired_difference, perplexity
 from tqdm import tqdm
 
 from sinkprune_plugin.loading import load_model, load_tokenizer
@@ -95,19 +94,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 progress.update()
             reference = reference or runs
             against = paired_difference(reference, runs)
-            by_seed = [round(100 * math.expm1(each), 1) for each in against.by_seed]
-            low, high = against.percent_ends
             rows.append(
                 {
                     "pattern": pattern,
                     "method": method,
                     "perplexity": round(perplexity(runs), 2),
-                    "percent": [round(value, 1) for value in (against.percent, low, high)],
-                    "percent_of_seeds": by_seed,
+                    **in_percent(against),
                 }
             )
-            change = f"{against.percent:+.1f} % ({low:+.1f} to {high:+.1f}; seeds {min(by_seed)} to {max(by_seed)})"
-            print(f"| {pattern} | {method} | {rows[-1]['perplexity']} | {change} |", flush=True)
+            print(f"| {pattern} | {method} | {rows[-1]['perplexity']} | {in_words(against)} |", flush=True)
     progress.close()
     print(json.dumps({"dense": round(perplexity([dense]), 2), "model": options.model.name, "rows": rows}))
 

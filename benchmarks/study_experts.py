@@ -13,14 +13,13 @@ the same noise, so that differences are paired: the table gives the change of th
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from study_statistics import Difference, paired_difference, perplexity
+from study_statistics import Difference, in_percent, in_words, paired_difference, perplexity
 
 from sinkprune_plugin.diffusion import score_windows
 from sinkprune_plugin.loading import load_model, load_tokenizer
@@ -154,22 +153,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in options.methods:
             runs = reference if name == options.against else study.runs(name, share)
             against = compared(reference, runs)
-            low, high = against.percent_ends
-            by_seed = [round(100 * math.expm1(each), 1) for each in against.by_seed]
-            change = f"{against.percent:+.1f} % ({low:+.1f} to {high:+.1f}; seeds {min(by_seed)} to {max(by_seed)})"
             rows.append(
                 {
                     "removed": share,
                     "method": name,
                     "perplexity": round(perplexity(runs), 2),
                     "of_seeds": [round(perplexity([run]), 2) for run in runs],
-                    "percent": [round(value, 1) for value in (against.percent, low, high)],
-                    "percent_of_seeds": by_seed,
+                    **in_percent(against),
                     "seconds": round(study.seconds.get(name, 0.0), 1),
                     "experts": study.experts.get(name, []),
                 }
             )
-            print(f"| {share:.0%} | {name} | {rows[-1]['perplexity']} | {change} |", flush=True)
+            print(f"| {share:.0%} | {name} | {rows[-1]['perplexity']} | {in_words(against)} |", flush=True)
     print(json.dumps({"dense": round(perplexity([study.dense]), 2), "model": options.model.name, "rows": rows}))
 
 

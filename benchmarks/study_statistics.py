@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Difference", "Windows", "paired_difference", "perplexity", "student_quantile"]
+__all__ = ["Difference", "Windows", "in_percent", "in_words", "paired_difference", "perplexity", "student_quantile"]
 
 # Nats per token of each test window.
 Windows = Sequence[float]
@@ -42,6 +42,21 @@ class Difference:
     def percent_ends(self) -> tuple[float, float]:
         """Both ends of the interval as changes of the perplexity."""
         return 100 * math.expm1(self.mean - self.error), 100 * math.expm1(self.mean + self.error)
+
+
+def in_percent(difference: Difference) -> dict[str, list[float]]:
+    """A difference as a benchmark's row has it: with the ends of its interval, and for each seed."""
+    low, high = difference.percent_ends
+    return {
+        "percent": [round(value, 1) for value in (difference.percent, low, high)],
+        "percent_of_seeds": [round(100 * math.expm1(each), 1) for each in difference.by_seed],
+    }
+
+
+def in_words(difference: Difference) -> str:
+    """A difference as a benchmark prints it."""
+    (low, high), by_seed = difference.percent_ends, in_percent(difference)["percent_of_seeds"]
+    return f"{difference.percent:+.1f} % ({low:+.1f} to {high:+.1f}; seeds {min(by_seed)} to {max(by_seed)})"
 
 
 def paired_difference(first: Sequence[Windows], second: Sequence[Windows]) -> Difference:

@@ -149,8 +149,6 @@ def _missing_here(name: str | Path) -> str | None:
     from transformers import PreTrainedConfig
 
     try:
-        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+        return missing_reason(PreTrainedConfig.get_config_dict(name)[0].get("model_type"))
     except Exception:  # noqa: BLE001 - the error that led here is the one to report
         return None
-    reason = missing_reason(model_type)
-    return None if reason is None else f"model_type {model_type!r} isn't supported: {reason}"

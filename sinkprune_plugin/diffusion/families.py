@@ -141,7 +141,7 @@ def resolve_diffusion(config: Any, tokenizer: Any = None, *, mask_token_id: int 
         model_type = _field(config, "model_type")
         reason = missing_reason(model_type)
         if reason is not None:
-            raise UsageError(f"model_type {model_type!r} isn't supported: {reason}")
+            raise UsageError(reason)
         known = ", ".join(f"{family.name} (model_type {' or '.join(family.model_types)})" for family in families())
         raise UsageError(
             f"model_type {_field(config, 'model_type')!r} is no known family of diffusion language models; "

@@ -295,11 +295,12 @@ def missing_reason(model_type: Any) -> str | None:
     """What is missing for a model that people ask for.
 
     :param model_type: as in config.json, or anything
-    :return: a phrase; None for a model that is supported, or that nobody asked for
+    :return: the type and the reason, for an error; None for a model that is supported, or that nobody asked for
     """
-    if not isinstance(model_type, str):
-        return None
-    return next((reason for kind, reason in MISSING.items() if model_type.casefold().startswith(kind)), None)
+    for kind, reason in MISSING.items():
+        if isinstance(model_type, str) and model_type.casefold().startswith(kind):
+            return f"model_type {model_type!r} isn't supported: {reason}"
+    return None
 
 
 def _list_architectures(native: NativeModel) -> None:

@@ -6,7 +6,14 @@ from typing import Any
 
 from sinkprune_plugin.errors import UsageError, short
 
-__all__ = ["check_head_groups", "check_numbers", "check_unscaled_rotary", "check_values", "take_rotary_keys"]
+__all__ = [
+    "check_even_heads",
+    "check_head_groups",
+    "check_numbers",
+    "check_unscaled_rotary",
+    "check_values",
+    "take_rotary_keys",
+]
 
 
 def check_numbers(config: Any, *, sizes: tuple[str, ...], optional: tuple[str, ...], positive: tuple[str, ...]) -> None:
@@ -58,6 +65,16 @@ def check_head_groups(config: Any) -> None:
             f"num_attention_heads={config.num_attention_heads} is no multiple of "
             f"num_key_value_heads={config.key_value_heads}; change one of them"
         )
+
+
+def check_even_heads(config: Any) -> None:
+    """Check that rotary embedding finds pairs in a head.
+
+    :param config: with ``head_dim``
+    :raises UsageError: if its width is odd
+    """
+    if config.head_dim % 2:
+        raise UsageError(f"head_dim={config.head_dim} is odd, and rotary embedding needs pairs; make it even")
 
 
 def take_rotary_keys(config: Any, kwargs: dict[str, Any]) -> None:

@@ -3,18 +3,9 @@
 import json
 
 import lengthen_tiny_llada as tool
-import pytest
 import torch
 
 from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
-from sinkprune_plugin.text_windows import embedded_text, read_documents
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "train.txt"
-    path.write_text(read_documents(embedded_text("calibration"))[0], encoding="utf-8")
-    return path
 
 
 def test_the_model_takes_longer_windows_and_its_weights_were_trained(text, tmp_path):

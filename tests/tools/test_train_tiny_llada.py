@@ -25,13 +25,6 @@ def tool():
     return module
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "train.txt"
-    path.write_text(read_documents(embedded_text("calibration"))[0], encoding="utf-8")
-    return path
-
-
 def command(text, output, *more):
     return [str(text), "--output", str(output), *TINY.split(), *more]
 

@@ -12,13 +12,6 @@ from sinkprune_plugin.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 from sinkprune_plugin.text_windows import embedded_text, read_documents, token_windows
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "train.txt"
-    path.write_text(read_documents(embedded_text("calibration"))[0], encoding="utf-8")
-    return path
-
-
 def test_it_trains_and_writes_a_model_with_its_provenance(text, tmp_path):
     output = tmp_path / "model"
     sizes = ["--steps", "3", "--batch-size", "2", "--seq-len", "32", "--warmup", "1"]

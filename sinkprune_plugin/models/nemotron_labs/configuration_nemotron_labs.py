@@ -6,7 +6,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from sinkprune_plugin.errors import UsageError, short
 from sinkprune_plugin.models.auto_classes import register_imported
-from sinkprune_plugin.models.config_checks import check_head_groups, check_numbers
+from sinkprune_plugin.models.config_checks import check_even_heads, check_head_groups, check_numbers
 from sinkprune_plugin.models.sizes_in_config import SIZES_KEY, mark_formula, sizes_in_config, unmark_formula
 from sinkprune_plugin.models.yarn import YarnScaling
 
@@ -135,8 +135,7 @@ class NemotronLabsDiffusionConfig(PreTrainedConfig):
         if self.dlm_paradigm not in _PARADIGMS:
             raise self._refused("dlm_paradigm", f"only {', '.join(_PARADIGMS)}: what is run here denoises")
         check_head_groups(self)
-        if self.head_dim % 2:
-            raise UsageError(f"head_dim={self.head_dim} is odd, and rotary embedding needs pairs; make it even")
+        check_even_heads(self)
         sizes_in_config(self)
 
     def _check_rotary(self) -> None:

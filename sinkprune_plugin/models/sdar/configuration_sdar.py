@@ -4,9 +4,9 @@ from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.models.auto_classes import register_imported
 from sinkprune_plugin.models.config_checks import (
+    check_even_heads,
     check_head_groups,
     check_numbers,
     check_unscaled_rotary,
@@ -104,7 +104,6 @@ class SDARConfig(PreTrainedConfig):
         )
         check_unscaled_rotary(self, "SDAR")
         check_values(self, {"use_sliding_window": (False, None)}, "SDAR")
-        if self.head_dim % 2:
-            raise UsageError(f"head_dim={self.head_dim} is odd, and rotary embedding needs pairs; make it even")
+        check_even_heads(self)
         check_head_groups(self)
         sizes_in_config(self)
