@@ -35,9 +35,9 @@ class SinkAwareADMMModifier(HessianModifierBase):
 
     :param target: ``dense`` unless ``within_block: parallel``, where ``current`` was measured to be better
     :param within_block: ``sequential``, the better one, or ``parallel``, the faster one
-    :param iterations: ADMM iterations, each one matrix product
-    :param gradual_iterations: iterations over which the mask grows
-    :param penalty: ρ of ADMM, in units of the Hessian's diagonal
+    :param iterations: ADMM iterations, each one matrix product of a weight
+    :param gradual_iterations: iterations in which the mask grows and is chosen again
+    :param penalty: ρ of ADMM, in units of the root of the Hessian's spectral flatness
     :param refine: ``conjugate_gradient`` solves for the weights on the final mask, ``none`` keeps those of ADMM
     :param mask_swaps: after that, exchange a kept and a removed weight of a row as long as it lowers the row's error,
         so many times at most
@@ -47,7 +47,7 @@ class SinkAwareADMMModifier(HessianModifierBase):
     target: Literal["dense", "current"] | None = None  # type: ignore[assignment]
     iterations: int = 20
     gradual_iterations: int = 15
-    penalty: float = Field(default=0.5, gt=0.0, allow_inf_nan=False)
+    penalty: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
     refine: Literal["none", "conjugate_gradient"] = "conjugate_gradient"
     mask_swaps: int = Field(default=0, ge=0)
 

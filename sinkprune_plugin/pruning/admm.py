@@ -1,8 +1,11 @@
-"""Masks and weights solved together: ADMM with a gradual mask. Torch only.
+"""Masks and weights solved together: ADMM with a mask that grows and is chosen again. Torch only.
 
 The alternating direction method of multipliers for pruning with a gradual mask is that of "Fast and Effective Weight
 Update for Pruned Large Language Models" (arXiv 2401.02938); conjugate gradients at the end as in ALPS
-(arXiv 2406.07831).
+(arXiv 2406.07831); over-relaxation as in Boyd et al., "Distributed Optimization and Statistical Learning via the
+Alternating Direction Method of Multipliers" (2011), section 3.4.3.
+
+Ours are the penalty, which follows the spectrum of the Hessian, and the steep growth of the mask: decision 0008.
 """
 
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ from sinkprune_plugin.errors import UsageError
 from sinkprune_plugin.pruning import hessian as hessian_module
 from sinkprune_plugin.pruning.hessian import PreparedHessian, row_chunks
 from sinkprune_plugin.pruning.patterns import MaskStructure
+from sinkprune_plugin.pruning.precision import steering_dtype
 from sinkprune_plugin.pruning.reconstruct import conjugate_gradient
 from sinkprune_plugin.pruning.selection import mark_smallest
 from sinkprune_plugin.pruning.swaps import exchange
@@ -22,23 +26,30 @@ __all__ = ["ADMMOptions", "solve", "solver_bytes"]
 # Of a row, before its weights are solved for again: weights that fit the new mask make further exchanges pay.
 _EXCHANGES_AT_ONCE = 5
 
+# α of over-relaxation, for which Boyd et al. name 1.5 to 1.8.
+RELAXATION = 1.7
+# The mask has the share 1 − (1 − k/n)^GROWTH of its final size in iteration k of n: with n = 15 three quarters at once,
+# 99 % in the third iteration. The iterations left choose it again, which pays more than growing slowly.
+GROWTH = 20
+
 
 @dataclass(frozen=True)
 class ADMMOptions:
     """How the solver iterates.
 
-    :param iterations: ADMM iterations, each one matrix product
-    :param gradual_iterations: iterations over which the mask grows to its final size; later ones keep it as it is
-    :param penalty: ρ, weight of the agreement between dense and pruned variables; the Hessian's diagonal is 1
-    :param refine_iterations: steps of conjugate gradients on the final mask, 0 for none
+    :param iterations: ADMM iterations, each one matrix product in :func:`.steering_dtype`
+    :param gradual_iterations: iterations in which the mask grows and is chosen again; later ones keep it as it is
+    :param penalty: ρ, weight of the agreement between dense and pruned variables, in units of the root of the Hessian's
+        spectral flatness (:class:`PreparedHessian`)
+    :param refine_iterations: steps of conjugate gradients on the final mask in float32, 0 for none
     :param mask_swaps: exchanges of a kept and a removed weight in each row, at most; see :mod:`.swaps`
     :raises UsageError: if a number is out of range
     """
 
     iterations: int = 20
     gradual_iterations: int = 15
-    penalty: float = 0.5
-    refine_iterations: int = 10
+    penalty: float = 1.0
+    refine_iterations: int = 4
     mask_swaps: int = 0
 
     def __post_init__(self) -> None:
@@ -48,7 +59,7 @@ class ADMMOptions:
                 "complete before the iterations end, so 1 ≤ gradual_iterations ≤ iterations"
             )
         if not self.penalty > 0:
-            raise UsageError(f"penalty is {self.penalty:g}; it must be positive, for instance 0.5")
+            raise UsageError(f"penalty is {self.penalty:g}; it must be positive, for instance 1")
         if self.refine_iterations < 0:
             raise UsageError(f"refine_iterations is {self.refine_iterations}; it can't be negative")
         if self.mask_swaps < 0:
@@ -83,7 +94,7 @@ def solve(
     options = options or ADMMOptions()
     target = hessian.target(W)
     fixed = hessian.dead.expand(W.shape) if fixed_zeros is None else fixed_zeros | hessian.dead
-    R = hessian.resolvent(options.penalty)
+    R = hessian.resolvent(options.penalty * hessian.flatness**0.5, steering_dtype(W.device))
     chunks = row_chunks(*W.shape)
 
     # V = X + U holds both other variables: the projection splits it into Z (outside the mask) and U (on the mask).
@@ -93,18 +104,16 @@ def solve(
     for iteration in range(1, options.iterations + 1):
         if iteration > 1:
             for rows in chunks:
-                _minimise_quadratic(V[rows], mask[rows], target[rows], R, options.penalty)
+                _minimise_quadratic(V[rows], mask[rows], target[rows], R)
         if iteration <= options.gradual_iterations:
-            selection.update(mask, 1.0 - (1.0 - iteration / options.gradual_iterations) ** 3)
+            selection.update(mask, 1.0 - (1.0 - iteration / options.gradual_iterations) ** GROWTH)
     Z = V.masked_fill_(mask, 0.0)
-    if options.refine_iterations:
-        conjugate_gradient(Z, target, mask, hessian.normalised, options.refine_iterations)
+    loss = conjugate_gradient(Z, target, mask, hessian.normalised, options.refine_iterations)
     for made in range(0, options.mask_swaps, _EXCHANGES_AT_ONCE):
         most = min(_EXCHANGES_AT_ONCE, options.mask_swaps - made)
         if not exchange(Z, mask, target, hessian.normalised, structure, fixed, most):
             break
-        conjugate_gradient(Z, target, mask, hessian.normalised, options.refine_iterations)
-    loss = hessian.error(target.sub_(Z))
+        loss = conjugate_gradient(Z, target, mask, hessian.normalised, options.refine_iterations)
     return Z.div_(hessian.scale).to(W.dtype), loss
 
 
@@ -174,25 +183,46 @@ class _Selection:
                 if self._num_fixed:
                     ranks.masked_fill_(self._fixed[rows], -1.0)
                 self._excluded[rows] = ~self._structure.lowest_in_groups(ranks) | self._fixed[rows]
-        count = max(int(self._wanted * share + 1e-9) - self._num_fixed, 0)
-        if self._num_fixed and not self._structure.unstructured:
-            # A group may have more fixed zeros than N, so what is left to choose is counted, not computed.
-            candidates = int((~self._excluded).sum())
-            count = candidates if share == 1.0 else min(count, candidates)
+        count = max(round(self._wanted * share) - self._num_fixed, 0)
+        if not self._structure.unstructured:
+            candidates = self._wanted
+            if self._num_fixed:
+                # A group may have more fixed zeros than N, so what is left to choose is counted, not computed.
+                candidates = int((~self._excluded).sum())
+            if share == 1.0 or count >= candidates:
+                # Every candidate goes: nothing is left to choose.
+                torch.logical_not(self._excluded, out=mask)
+                mask |= self._fixed
+                return
         mark_smallest(self._scores, self._chunks, count, mask)
-        mask |= self._fixed
+        if self._num_fixed:
+            mask |= self._fixed
 
     def _scores(self, rows: slice) -> torch.Tensor:
-        return self._V[rows].abs().masked_fill_(self._excluded[rows], torch.inf)
+        scores = self._V[rows].abs()
+        if self._num_fixed or not self._structure.unstructured:
+            scores.masked_fill_(self._excluded[rows], torch.inf)
+        return scores
 
 
-def _minimise_quadratic(
-    V: torch.Tensor, mask: torch.Tensor, target: torch.Tensor, R: torch.Tensor, penalty: float
-) -> None:
-    """V ← X + U with X = argmin ½ tr((X − target) Hn (X − target)ᵀ) + ρ/2 ‖X − Z + U‖², in place, for some rows.
+def _minimise_quadratic(V: torch.Tensor, mask: torch.Tensor, target: torch.Tensor, R: torch.Tensor) -> None:
+    """V ← αX + (1 − α)Z + U with X = argmin ½ tr((X − target) Hn (X − target)ᵀ) + ρ/2 ‖X − Z + U‖², in place.
 
-    X = (target Hn + ρ (Z − U)) R; with Hn R = I − ρ R this is target + ρ (Z − U − target) R, one product.
+    X = (target Hn + ρ (Z − U)) (Hn + ρI)⁻¹; with R = ρ (Hn + ρI)⁻¹ this is target + D R, D = Z − U − target: one product.
+
+    :param V: (rows, C) float32
+    :param mask: (rows, C) bool
+    :param target: (rows, C) float32
+    :param R: (C, C) in the dtype of the product; bfloat16 moves X by 2⁻⁹ of D, whatever the Hessian
     """
-    # Z and U have disjoint support, so Z − U is V with its sign flipped on the mask.
-    difference = torch.where(mask, -V, V).sub_(target)
-    V.mul_(mask).add_(target).addmm_(difference, R, alpha=penalty)
+    # Z and U have disjoint support, so Z − U is V with its sign flipped on the mask. Multiplying by a mask without a
+    # pattern is three times as fast on a CPU as `where`.
+    D = V * mask
+    torch.sub(V, D, alpha=2.0, out=D)
+    D.sub_(target)
+    # (1 − α)Z + U = (1 − α/2)V − α/2 (Z − U), and Z − U = D + target.
+    V.lerp_(target, RELAXATION / 2).sub_(D, alpha=RELAXATION / 2)
+    if R.dtype == D.dtype:
+        V.addmm_(D, R, alpha=RELAXATION)
+    else:
+        V.add_(D.to(R.dtype) @ R, alpha=RELAXATION)

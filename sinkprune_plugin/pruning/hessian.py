@@ -9,6 +9,7 @@ The drift D takes the place of C = Σ w² x̄ xᵀ = H + D: it is exactly zero a
 differ little it keeps the digits that the difference C − H would lose in float32.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -55,6 +56,8 @@ class PreparedHessian:
     :param normalised: (C, C) float32, the dampened Hessian over ``scale`` on both sides
     :param dead: (C,) bool, features that were never active
     :param dampening_frac: share of the mean diagonal that was added, larger than asked for if that was too little
+    :param flatness: spectral flatness of ``normalised``: geometric over arithmetic mean of its eigenvalues, dead
+        features aside; 1 for inputs that don't correlate, near 0 where few directions hold all of their energy
     :param shift: (C, C) float32, D (H + λI)⁻¹ for dense-output targets; None for the weight itself as target
     """
 
@@ -62,6 +65,7 @@ class PreparedHessian:
     normalised: torch.Tensor
     dead: torch.Tensor
     dampening_frac: float
+    flatness: float
     shift: torch.Tensor | None = None
     _lower: torch.Tensor | None = field(default=None, repr=False)
     _resolvent: tuple[float, torch.Tensor] | None = field(default=None, repr=False)
@@ -79,19 +83,22 @@ class PreparedHessian:
             target.addmm_(target.clone(), self.shift)
         return target.mul_(self.scale)
 
-    def resolvent(self, penalty: float) -> torch.Tensor:
-        """(Hn + ρI)⁻¹, factored once and kept.
+    def resolvent(self, penalty: float, dtype: torch.dtype = PRECISION) -> torch.Tensor:
+        """ρ (Hn + ρI)⁻¹, computed in float32 once and kept. Its eigenvalues lie between 0 and 1.
 
         :param penalty: ρ > 0
-        :return: (C, C) float32
+        :param dtype: of the result
+        :return: (C, C)
         """
-        if self._resolvent is None or self._resolvent[0] != penalty:
+        if self._resolvent is None or self._resolvent[0] != penalty or self._resolvent[1].dtype != dtype:
             self._resolvent = None
             shifted = self.normalised.clone()
             shifted.diagonal().add_(penalty)
             lower = torch.linalg.cholesky(shifted)
             del shifted
-            self._resolvent = penalty, torch.cholesky_inverse(lower)
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            self._resolvent = penalty, inverse.mul_(penalty).to(dtype)
         return self._resolvent[1]
 
     def inverse(self) -> torch.Tensor:
@@ -119,7 +126,7 @@ class PreparedHessian:
 def prepare_hessian(
     H: torch.Tensor, dampening_frac: float, name: str, *, drift: torch.Tensor | None = None, invertible: bool = False
 ) -> PreparedHessian:
-    """Dampen, scale and, with a drift, factor a Hessian; once for all weights that share it.
+    """Dampen, scale and factor a Hessian; once for all weights that share it.
 
     :param H: (C, C) float32, any overall factor; overwritten, it becomes ``normalised``
     :param dampening_frac: share of the mean diagonal that is added to the diagonal
@@ -145,19 +152,20 @@ def prepare_hessian(
         H.div_(factor).div_(factor.unsqueeze(1))
         diagonal.fill_(1.0)
         scale.mul_(factor)
-        if drift is None and not invertible:
-            return PreparedHessian(scale, H, dead, dampening_frac)
         lower, info = torch.linalg.cholesky_ex(H)
         if int(info) == 0:
             break
         dampening_frac = raise_dampening(dampening_frac, name)
+    # log det Hn = 2 Σ log Lᵢᵢ; the trace is C, so the arithmetic mean is 1. A dead feature's eigenvalue, 1, adds 0.
+    alive = max(1, len(dead) - int(dead.sum()))
+    flatness = math.exp(2 * float(lower.diagonal().log().sum(dtype=torch.float64)) / alive)
     kept_lower = lower if invertible else None
     if drift is None:
-        return PreparedHessian(scale, H, dead, dampening_frac, _lower=kept_lower)
+        return PreparedHessian(scale, H, dead, dampening_frac, flatness, _lower=kept_lower)
     # (D (H + λI)⁻¹)ᵀ = s⁻¹ Hn⁻¹ s⁻¹ Dᵀ, for H + λI = s Hn s with s the diagonal matrix of scales.
     drift.div_(scale)
     shift = torch.cholesky_solve(drift.T, lower).div_(scale.unsqueeze(1)).T
-    return PreparedHessian(scale, H, dead, dampening_frac, shift, kept_lower)
+    return PreparedHessian(scale, H, dead, dampening_frac, flatness, shift, kept_lower)
 
 
 def raise_dampening(dampening_frac: float, name: str) -> float:

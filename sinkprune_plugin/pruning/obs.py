@@ -113,8 +113,9 @@ def solve_kept(
     mask = torch.ones(W.shape[1], dtype=torch.bool, device=W.device).index_fill_(0, kept, False)
     if fixed_zeros is not None and bool((fixed_zeros & ~mask).any()):
         zeros = fixed_zeros | mask
-        conjugate_gradient(Z.masked_fill_(zeros, 0.0), target, zeros, Hn, _REFINE_ITERATIONS)
-    loss = hessian.error(target.sub_(Z))
+        loss = conjugate_gradient(Z.masked_fill_(zeros, 0.0), target, zeros, Hn, _REFINE_ITERATIONS)
+    else:
+        loss = hessian.error(target.sub_(Z))
     return Z.div_(hessian.scale).to(W.dtype), loss
 
 

@@ -25,14 +25,13 @@ def reconstruct(
     target = hessian.target(W)
     mask = mask | hessian.dead
     Z = target.masked_fill(mask, 0.0)
-    conjugate_gradient(Z, target, mask, hessian.normalised, iterations)
-    loss = hessian.error(target.sub_(Z))
+    loss = conjugate_gradient(Z, target, mask, hessian.normalised, iterations)
     return Z.div_(hessian.scale).to(W.dtype), loss
 
 
 def conjugate_gradient(
     Z: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, Hn: torch.Tensor, iterations: int
-) -> None:
+) -> float:
     """Lower ½ tr((Z − target) Hn (Z − target)ᵀ) over the entries of Z outside the mask, in place.
 
     Each step lowers the error of every row. Temporaries: four chunks of rows, see ``row_chunks``.
@@ -41,19 +40,32 @@ def conjugate_gradient(
     :param target: (rows, C) float32
     :param mask: (rows, C) bool, True where Z stays zero
     :param Hn: (C, C) float32, positive definite with unit diagonal
-    :param iterations: steps
+    :param iterations: steps, each one product with Hn; one more gives the first residual
+    :return: the error that is left
     """
+    error = torch.zeros((), dtype=torch.float64, device=Z.device)
     for rows in row_chunks(*Z.shape):
-        pruned = mask[rows]
-        residual = ((target[rows] - Z[rows]) @ Hn).masked_fill_(pruned, 0.0)
-        direction = residual.clone()
-        squares = residual.square().sum(dim=1, keepdim=True)
+        difference = target[rows] - Z[rows]
+        residual = difference @ Hn
+        error += difference.mul_(residual).sum(dtype=torch.float64) / 2
+        del difference
+        # Multiplying is three times as fast on a CPU as filling under a mask without a pattern.
+        kept = ~mask[rows]
+        direction = residual.mul_(kept).clone()
+        squares = _row_sums(residual, residual)
         for _ in range(iterations):
-            step = (direction @ Hn).masked_fill_(pruned, 0.0)
-            curvature = (direction * step).sum(dim=1, keepdim=True)
+            step = (direction @ Hn).mul_(kept)
+            curvature = _row_sums(direction, step)
             # A solved row has neither residual nor curvature left and stays as it is.
             alpha = torch.where(curvature > 0, squares / curvature, 0.0)
             Z[rows].addcmul_(alpha, direction)
             residual.addcmul_(alpha, step, value=-1.0)
-            before, squares = squares, residual.square().sum(dim=1, keepdim=True)
+            # What a step along the direction gains, as its curvature is alpha times smaller than the squares.
+            error -= (alpha * squares).sum(dtype=torch.float64) / 2
+            before, squares = squares, _row_sums(residual, residual)
             direction.mul_(torch.where(before > 0, squares / before, 0.0)).add_(residual)
+    return max(0.0, float(error))
+
+
+def _row_sums(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vecdot(left, right).unsqueeze(1)

@@ -16,7 +16,8 @@ def mark_smallest(
     """Set ``mask`` to True at exactly the ``count`` smallest scores and to False elsewhere.
 
     Exact with any chunks: two histograms find the bits of the threshold, and of entries that equal it the first in
-    row-major order are taken. ``scores`` is called three times per chunk; nothing of the matrix' size is held.
+    row-major order are taken. ``scores`` is called three times per chunk, once if there is only one; nothing of the
+    matrix' size is held beyond a chunk.
 
     :param scores: gives the (rows, C) float32 scores ≥ 0 of a chunk; inf for an entry that must stay False
     :param chunks: slices of rows, in order
@@ -27,13 +28,18 @@ def mark_smallest(
         mask.zero_()
         return
     device = mask.device
+    whole = _bits(scores, chunks[0]) if len(chunks) == 1 else None
+
+    def bits_of(rows: slice) -> torch.Tensor:
+        return _bits(scores, rows) if whole is None else whole
+
     high_counts = torch.zeros(_BINS, dtype=torch.int64, device=device)
     for rows in chunks:
-        high_counts += torch.bincount(_bits(scores, rows).flatten() >> 16, minlength=_BINS)
+        high_counts += torch.bincount((bits_of(rows) >> 16).flatten(), minlength=_BINS)
     high, below = _bin_of(high_counts, count)
     low_counts = torch.zeros(_BINS, dtype=torch.int64, device=device)
     for rows in chunks:
-        bits = _bits(scores, rows)
+        bits = bits_of(rows)
         low_counts += torch.bincount(bits[bits >> 16 == high] & (_BINS - 1), minlength=_BINS)
     low, below_low = _bin_of(low_counts, count - below)
     threshold = (high << 16) | low
@@ -41,7 +47,7 @@ def mark_smallest(
     wanted = count - below - below_low
     split = wanted < int(low_counts[low])
     for rows in chunks:
-        bits = _bits(scores, rows)
+        bits = bits_of(rows)
         if not split:
             mask[rows] = bits <= threshold
             continue

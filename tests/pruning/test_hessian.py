@@ -63,16 +63,36 @@ def test_error_is_half_the_squared_output_error():
 def test_resolvent_inverts_and_is_kept():
     _, _, H = make_layer(6, 1, 16)
     result = prepared(H)
-    identity = result.resolvent(0.5) @ (result.normalised + 0.5 * torch.eye(16))
+    identity = result.resolvent(0.5) / 0.5 @ (result.normalised + 0.5 * torch.eye(16))
     # Condition number at most (16 + 0.5) / 0.5.
     torch.testing.assert_close(identity, torch.eye(16), rtol=0, atol=1e-5)
     assert result.resolvent(0.5) is result.resolvent(0.5)
+    rounded = result.resolvent(0.5).bfloat16()
+    assert torch.equal(result.resolvent(0.5, torch.bfloat16), rounded)
     assert result.resolvent(2.0) is not result.resolvent(0.5)
 
 
-def test_dampening_rises_until_an_indefinite_hessian_can_be_factored():
+@pytest.mark.parametrize("dead", [0, 3])
+def test_flatness_is_that_of_the_spectrum_of_the_features_in_use(dead):
+    _, x, _ = make_layer(7, 1, 16)
+    x[:, :dead] = 0
+    result = prepared(x.T @ x, invertible=True)
+    eigenvalues = torch.linalg.eigvalsh(result.normalised[dead:, dead:].double())
+    assert result.flatness == pytest.approx(float(eigenvalues.log().mean().exp() / eigenvalues.mean()), rel=1e-4)
+    # With a drift or without one, and whether or not the factor is kept.
+    assert prepared(x.T @ x, 0 * x.T @ x).flatness == prepared(x.T @ x).flatness == result.flatness
+
+
+def test_flatness_of_inputs_that_do_not_correlate_is_one():
+    assert prepared(torch.diag(torch.tensor([1.0, 4.0, 9.0, 0.0]))).flatness == pytest.approx(1.0)
+    # Nothing in use at all.
+    assert prepared(torch.zeros(4, 4)).flatness == 1.0
+
+
+@pytest.mark.parametrize("drift", [None, torch.zeros(2, 2)])
+def test_dampening_rises_until_an_indefinite_hessian_can_be_factored(drift):
     H = torch.tensor([[1.0, 1.2], [1.2, 1.0]])
-    result = prepare_hessian(H.clone(), 0.03, "proj", drift=torch.zeros(2, 2))
+    result = prepare_hessian(H.clone(), 0.03, "proj", drift=drift)
     assert result.dampening_frac == pytest.approx(0.3)
     # 1 + 0.3 of the mean diagonal, not 1 + 0.03 + 0.3.
     torch.testing.assert_close(result.scale, torch.full((2,), 1.3).sqrt())

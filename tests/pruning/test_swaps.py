@@ -106,15 +106,18 @@ def test_only_the_cheapest_kept_weights_are_looked_at(monkeypatch):
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
 def test_the_solver_exchanges_after_its_iterations(structure):
-    W, _, H = make_layer(5, 24, 64)
     sparsity = 0.75 if structure.unstructured else structure.n / structure.m
-    losses, zeros = [], []
-    for number in (0, 30):
-        pruned, loss = solve(W, prepared(H), sparsity, structure, ADMMOptions(mask_swaps=number))
-        losses.append(loss)
-        zeros.append(int((pruned == 0).sum()))
-    assert losses[1] < losses[0]
-    assert zeros[0] == zeros[1]
+    lower = 0
+    for seed in range(8):
+        W, _, H = make_layer(seed, 24, 64)
+        plain, exchanged = (
+            solve(W, prepared(H), sparsity, structure, ADMMOptions(mask_swaps=number)) for number in (0, 30)
+        )
+        assert exchanged[1] <= plain[1]
+        assert (exchanged[0] == 0).sum() == (plain[0] == 0).sum()
+        lower += exchanged[1] < plain[1]
+    # The solver's own masks leave some layers nothing to exchange.
+    assert lower >= 4
 
 
 def test_a_negative_number_is_refused():
