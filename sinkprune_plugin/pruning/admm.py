@@ -208,7 +208,7 @@ class _Selection:
 def _minimise_quadratic(V: torch.Tensor, mask: torch.Tensor, target: torch.Tensor, R: torch.Tensor) -> None:
     """V ← αX + (1 − α)Z + U with X = argmin ½ tr((X − target) Hn (X − target)ᵀ) + ρ/2 ‖X − Z + U‖², in place.
 
-    X = (target Hn + ρ (Z − U)) (Hn + ρI)⁻¹; with R = ρ (Hn + ρI)⁻¹ this is target + D R, D = Z − U − target: one product.
+    X = (target Hn + ρ (Z − U)) (Hn + ρI)⁻¹; with R = ρ (Hn + ρI)⁻¹ and D = Z − U − target this is target + D R.
 
     :param V: (rows, C) float32
     :param mask: (rows, C) bool

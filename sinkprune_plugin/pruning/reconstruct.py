@@ -10,6 +10,10 @@ from sinkprune_plugin.pruning.hessian import PreparedHessian, row_chunks
 
 __all__ = ["conjugate_gradient", "reconstruct"]
 
+# A row is solved once its squared residual fell by this factor, beyond what float32 resolves. Steps after that divide
+# rounding errors by each other; within a few hundred of them a row can grow without bound.
+_SOLVED = 1e-16
+
 
 def reconstruct(
     W: torch.Tensor, mask: torch.Tensor, hessian: PreparedHessian, *, iterations: int = 20
@@ -53,17 +57,17 @@ def conjugate_gradient(
         kept = ~mask[rows]
         direction = residual.mul_(kept).clone()
         squares = _row_sums(residual, residual)
+        solved = squares * _SOLVED
         for _ in range(iterations):
             step = (direction @ Hn).mul_(kept)
             curvature = _row_sums(direction, step)
-            # A solved row has neither residual nor curvature left and stays as it is.
-            alpha = torch.where(curvature > 0, squares / curvature, 0.0)
+            alpha = torch.where((squares > solved) & (curvature > 0), squares / curvature, 0.0)
             Z[rows].addcmul_(alpha, direction)
             residual.addcmul_(alpha, step, value=-1.0)
             # What a step along the direction gains, as its curvature is alpha times smaller than the squares.
             error -= (alpha * squares).sum(dtype=torch.float64) / 2
             before, squares = squares, _row_sums(residual, residual)
-            direction.mul_(torch.where(before > 0, squares / before, 0.0)).add_(residual)
+            direction.mul_(torch.where(squares > solved, squares / before, 0.0)).add_(residual)
     return max(0.0, float(error))
 
 
