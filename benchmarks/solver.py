@@ -6,7 +6,8 @@
 - *removal*: ``pruning.obs.obs_path``, which removes half of the columns one at a time, against the same loop.
 - *calibration*: both modifiers through oneshot() at equal passes (``within_block: parallel``, ``target: current``), on
   the embedded model and, with ``--large``, on benchmarks/offload.py's random model of 500 million parameters; and ADMM
-  with its defaults (``sequential``, ``target: dense``), which takes more passes.
+  with its defaults (``sequential``, ``target: dense``), which takes more passes. The solver's share of the time, and so
+  the ratio, depends on the number of passes: ``--windows`` × ``--timesteps``.
 
 The runs take turns; the ratios are medians of the ratios round by round. Models and data are outside the timing. Beside
 the time that passed stands the processor's own, of all threads, which other programs on the machine disturb less.
@@ -87,9 +88,14 @@ def solver_runs(rows: int, columns: int, rival: str) -> dict[str, Callable[[], A
     return {"SparseGPT": columns_in_turn, rival: {"ADMM": together, "OBS": one_at_a_time}[rival]}
 
 
-def calibration_runs(model_name: Any, windows: torch.Tensor, **grid: int) -> dict[str, Callable[[], Any]]:
-    """Three modifiers on one model, which each run loads again, outside of its time."""
-    fields = {"sparsity": SPARSITY, **grid}
+def calibration_runs(model_name: Any, windows: torch.Tensor, grid: dict[str, int]) -> dict[str, Callable[[], Any]]:
+    """Three modifiers on one model, which each run loads again, outside of its time.
+
+    :param model_name: of the model
+    :param windows: (windows, tokens) int64
+    :param grid: the modifiers' fields of the timesteps
+    """
+    fields: dict[str, Any] = {"sparsity": SPARSITY, **grid}
     modifiers: dict[str, Callable[[], Any]] = {
         "SparseGPT": lambda: SinkAwareSparseGPTModifier(**fields),
         "ADMM": lambda: SinkAwareADMMModifier(within_block="parallel", **fields),
@@ -122,7 +128,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the runs (default 3)")
     parser.add_argument("--rows", type=int, default=1024, help="rows of the weight (default 1024)")
     parser.add_argument("--columns", type=int, default=3072, help="columns of the weight (default 3072)")
-    parser.add_argument("--windows", type=int, default=4, help="calibration windows of 256 tokens (default 4)")
+    parser.add_argument("--windows", type=int, default=16, help="calibration windows of 256 tokens (default 16)")
+    parser.add_argument("--timesteps", type=int, default=10, help="passes of each window (default 10)")
     parser.add_argument("--large", action="store_true", help="the model of 500 million parameters as well")
     parser.add_argument(
         "--blocks", type=int, default=BLOCKS, help=f"decoder blocks of the model of 500 million (default all {BLOCKS})"
@@ -137,6 +144,7 @@ def main() -> None:
         else {"solver", "removal", "tiny-llada"} | ({"500 M"} if options.large else set())
     )
     generator = torch.Generator().manual_seed(1)
+    grid = {"diffusion_steps": options.timesteps, "sample_interval": 1}
     cells = {}
     if "solver" in chosen:
         cells[f"solver, {options.rows} × {options.columns}"] = solver_runs(options.rows, options.columns, "ADMM")
@@ -144,15 +152,14 @@ def main() -> None:
         cells[f"removal, {options.rows} × {options.columns}"] = solver_runs(options.rows, options.columns, "OBS")
     if "tiny-llada" in chosen:
         windows = torch.randint(3, 2048, (options.windows, 256), generator=generator)
-        cells["tiny-llada"] = calibration_runs(EMBEDDED_MODEL, windows)
+        cells["tiny-llada"] = calibration_runs(EMBEDDED_MODEL, windows, grid)
     with tempfile.TemporaryDirectory() as directory:
         if "500 M" in chosen:
             make_model(directory, options.blocks)
             windows = torch.randint(3, SIZE["vocab_size"], (options.windows, 256), generator=generator)
-            # Two timesteps, as in benchmarks/offload.py.
             # Blocks are alike, so a few of them give the same ratio but for the embedding and the head.
             name = "500 M" if options.blocks == BLOCKS else f"500 M, {options.blocks} blocks"
-            cells[name] = calibration_runs(directory, windows, diffusion_steps=2, sample_interval=1)
+            cells[name] = calibration_runs(directory, windows, grid)
         timings = {cell: timed(runs, options.rounds) for cell, runs in cells.items()}
 
     table = Table(title=f"ADMM against SparseGPT, float32, {torch.get_num_threads()} threads")
