@@ -64,7 +64,7 @@ def conjugate_gradient(
             alpha = torch.where((squares > solved) & (curvature > 0), squares / curvature, 0.0)
             Z[rows].addcmul_(alpha, direction)
             residual.addcmul_(alpha, step, value=-1.0)
-            # What a step along the direction gains, as its curvature is alpha times smaller than the squares.
+            # A step along the direction d gains ½ α rᵀd, and rᵀd = rᵀr: r is orthogonal to the directions before.
             error -= (alpha * squares).sum(dtype=torch.float64) / 2
             before, squares = squares, _row_sums(residual, residual)
             direction.mul_(torch.where(squares > solved, squares / before, 0.0)).add_(residual)
