@@ -7,6 +7,7 @@ committed docs/study-results.json, so that the page can be regenerated without a
     python benchmarks/study.py --results study.jsonl
     python benchmarks/study.py --results study.jsonl --model tiny-gqa     # the second model, see docs/study.md
     python benchmarks/study.py --results study.jsonl --model tiny-long --name tiny-long     # the third
+    python benchmarks/study.py --results study.jsonl --model tiny-wide --name tiny-wide     # the fourth
     python benchmarks/study.py --results study.jsonl --report
     python benchmarks/study.py --report
 """

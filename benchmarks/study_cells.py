@@ -5,16 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from study_cache import CachedADMM, CachedSparseGPT, CachedWanda
-from study_sinks import NO_MASK, long_window_cells, sink_cells, sink_variants
+from study_sinks import NO_MASK, mask_model_cells, sink_cells, sink_variants
 
 from sinkprune_plugin.modifiers.oneshot_flow import stock_modifier
 
 SEEDS = (0, 1, 2)
-# The embedded model, and two that tools/ make (see docs/study.md), given with --model. The last one is the embedded
-# model trained further on longer windows, for the experiments with the sink mask alone.
-EMBEDDED, SECOND, LONG = "tiny-llada", "tiny-gqa", "tiny-long"
+# The embedded model, and three that tools/ make (see docs/study.md), given with --model. The last two, the embedded
+# model trained further on longer windows and a wider one, are for the experiments with the sink mask alone.
+EMBEDDED, SECOND, LONG, WIDE = "tiny-llada", "tiny-gqa", "tiny-long", "tiny-wide"
 MODELS = (EMBEDDED, SECOND)
-ALL_MODELS = (*MODELS, LONG)
+MASK_MODELS = (LONG, WIDE)
+ALL_MODELS = (*MODELS, *MASK_MODELS)
 # Pattern → sparsity, mask structure; the last two outside the grid.
 PATTERNS = {
     "50 %": (0.5, "0:0"),
@@ -211,8 +212,12 @@ def _later_cells() -> list[Cell]:
         found += [
             Cell("sinks", method, pattern, seed, model=model) for method, pattern in sink_cells() for seed in SEEDS
         ]
-    found.append(Cell("grid", "dense", "", 0, model=LONG))
-    # All of a seed before the next one: what is left over then is whole seeds.
-    return found + [
-        Cell("sinks", method, pattern, seed, model=LONG) for seed in SEEDS for method, pattern in long_window_cells()
-    ]
+    for model in MASK_MODELS:
+        found.append(Cell("grid", "dense", "", 0, model=model))
+        # All of a seed before the next one: what is left over then is whole seeds.
+        found += [
+            Cell("sinks", method, pattern, seed, model=model)
+            for seed in SEEDS
+            for method, pattern in mask_model_cells()
+        ]
+    return found

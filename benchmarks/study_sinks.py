@@ -19,7 +19,7 @@ __all__ = [
     "NO_MASK_NAME",
     "SINK_PATTERNS",
     "WHERES",
-    "long_window_cells",
+    "mask_model_cells",
     "masks_of",
     "share_meters",
     "sink_cells",
@@ -181,8 +181,8 @@ def sink_cells() -> list[tuple[str, str]]:
     return found
 
 
-def long_window_cells() -> list[tuple[str, str]]:
-    """Method and pattern of the experiments on the model with longer windows."""
+def mask_model_cells() -> list[tuple[str, str]]:
+    """Method and pattern of the experiments on the models with longer windows and with wider blocks."""
     masks = (NO_MASK_NAME, MODEL_SINKS, *WHERES)
     found = [(f"{kind}, {mask}", "75 %") for kind in KINDS for mask in masks]
     return found + [(f"{kind}, {mask}", "2:4") for kind in KINDS for mask in masks[:2]]

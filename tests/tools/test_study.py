@@ -62,7 +62,7 @@ def made_up_records(study, windows=24):
     shares = {"sinks": {"q_proj": 0.01, "positions": 0.02}}
     return [
         *records,
-        *({"key": f"{model}/sink shares", "shares": shares} for model in ("tiny-llada", "tiny-gqa", "tiny-long")),
+        *({"key": f"{model}/sink shares", "shares": shares} for model in study.ALL_MODELS),
     ]
 
 
