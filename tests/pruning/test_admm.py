@@ -47,11 +47,6 @@ def plain_admm(W, H, sparsity, structure, iterations=20, gradual=15, penalty=1.0
     return Z / d, mask
 
 
-@pytest.fixture
-def in_float32(monkeypatch):
-    monkeypatch.setattr(admm, "steering_dtype", lambda device: torch.float32)
-
-
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 1000), st.integers(1, 6), st.integers(1, 4), st.sampled_from(PATTERNS))
 def test_equals_the_iteration_from_its_definition(seed, rows, groups, case):
