@@ -60,10 +60,7 @@ def made_up_records(study, windows=24):
         losses = [loss + 0.001 * number + noise.gauss(0, 0.01) for loss in difficulty]
         records.append({"key": cell.key, "seconds": 1.5, "zeros": 0.5, "windows": losses})
     shares = {"sinks": {"q_proj": 0.01, "positions": 0.02}}
-    return [
-        *records,
-        *({"key": f"{model}/sink shares", "shares": shares} for model in study.ALL_MODELS),
-    ]
+    return records + [{"key": f"{model}/sink shares", "shares": shares} for model in study.ALL_MODELS]
 
 
 # ---- grid
